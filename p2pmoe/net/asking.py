@@ -1,0 +1,110 @@
+"""The asking side of calls: one on one connection, and its answer as a caller reads it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from p2pmoe import telemetry
+from p2pmoe.errors import P2PMoEError, PeerUnreachable
+from p2pmoe.net.calls import Part
+
+ATTEMPTS = 3  # connections for one call, when each ends before the call is taken; a guess
+
+
+class NotBegun(PeerUnreachable):
+    """The connection ended before the other side took the call: it is safe to ask again."""
+
+
+class OutgoingCall:
+    """A call on one connection: take its parts, then `close` it, which cancels what has not ended.
+
+    `taken(bytes)` and `cancel()` tell the connection; it says `arrived` and `ended`.
+    """
+
+    __slots__ = ("_cancel", "_ended", "_error", "_method", "_news", "_parts", "_taken")
+
+    def __init__(
+        self, method: str, taken: Callable[[int], None], cancel: Callable[[], None]
+    ) -> None:
+        self._method, self._taken, self._cancel = method, taken, cancel
+        self._parts: deque[Part] = deque()
+        self._ended = False
+        self._error: P2PMoEError | None = None
+        self._news = trio.lowlevel.ParkingLot()
+
+    async def next_part(self) -> Part | None:
+        """Wait for the next part of the answer; `None` at its end.
+
+        Raises the error that the other side answered, `ConnectionLost` or `NotBegun`.
+        """
+        if self._parts or self._ended:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._parts and not self._ended:
+            await self._news.park()
+        if self._parts:
+            part = self._parts.popleft()
+            self._taken(len(part.payload))
+            return part
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if not self._ended:
+            self._cancel()
+            self.ended(None, "cancelled")
+
+    def arrived(self, part: Part) -> None:
+        """A part has come."""
+        self._parts.append(part)
+        self._news.unpark_all()
+
+    def ended(self, error: P2PMoEError | None, result: str) -> None:
+        """No more parts will come."""
+        self._ended, self._error = True, error
+        self._news.unpark_all()
+        telemetry.count("p2pmoe_calls_total", side="client", op=self._method, result=result)
+
+
+class Replies:
+    """The parts of an answer, as they come; asked for again where it was certainly not begun.
+
+    `ask` begins the call on a connection.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[OutgoingCall]]) -> None:
+        self._ask = ask
+        self._attempts = 0
+        self._call: OutgoingCall | None = None
+
+    def __aiter__(self) -> Replies:
+        return self
+
+    async def __anext__(self) -> Part:
+        while True:
+            call = self._call or await self.begin()
+            try:
+                part = await call.next_part()
+            except NotBegun:
+                self._call = None
+                if self._attempts == ATTEMPTS:
+                    raise
+            else:
+                if part is None:
+                    raise StopAsyncIteration
+                return part
+
+    async def begin(self) -> OutgoingCall:
+        """Ask, for the first time or again."""
+        self._attempts += 1
+        self._call = await self._ask()
+        return self._call
+
+    def close(self) -> None:
+        """Nobody reads on: the call is cancelled if it has not ended."""
+        if self._call is not None:
+            self._call.close()

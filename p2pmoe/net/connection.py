@@ -1,0 +1,379 @@
+"""One connection at work: calls and answers over one stream of frames.
+
+Rules: the read loop never waits for the application, and only the writer task sends. What is
+decided is decided in `exchange`; here it is carried out. A task for each call that comes in lives
+in the nursery `calls`; CANCEL, the call's deadline and the connection's end cancel it. A send that
+makes no progress, or is cut, ends the connection.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from p2pmoe import telemetry
+from p2pmoe.errors import (
+    CallTimeout,
+    ConnectionLost,
+    NotAllowed,
+    P2PMoEError,
+    RemoteError,
+    RemoteProtocolError,
+    from_code,
+)
+from p2pmoe.identity import PeerId
+from p2pmoe.net.asking import NotBegun, OutgoingCall
+from p2pmoe.net.calls import (
+    CallArrived,
+    CallCancelled,
+    CallEnded,
+    CallLost,
+    Effect,
+    PartArrived,
+)
+from p2pmoe.net.exchange import Exchange, ExchangeParams
+from p2pmoe.net.frames import FrameStream
+from p2pmoe.net.greeting import Greeted
+from p2pmoe.net.messages import MAX_DETAIL, MAX_PAYLOAD_BYTES, Goodbye, Refuse
+from p2pmoe.net.outbox import Buffer, OutFrame
+from p2pmoe.net.quota import PeerQuota
+from p2pmoe.wire import schema
+from p2pmoe.wire.envelope import Signed
+from p2pmoe.wire.framing import BULK_LIMITS, CONTROL_LIMITS
+from p2pmoe.wire.peer_record import PeerRecord
+
+SEND_BYTES = 512 * 1024  # of frames joined into one send; two chunks
+GOODBYE_LIMIT = 0.2  # seconds for the last words of a connection that is cut; a guess
+CLOSING_LIMIT = 1.0  # seconds for the other side to close after a goodbye; a guess
+USER_TIMEOUT = {False: 5.0, True: 30.0}  # seconds of unacknowledged bytes: control, bulk; guesses
+
+
+class IncomingCall:
+    """A call that came in. `payload` is a writable buffer of its own, aligned to a page."""
+
+    __slots__ = ("_connection", "_id", "body", "method", "payload", "peer", "record")
+
+    def __init__(self, connection: Connection, arrived: CallArrived) -> None:
+        self._connection, self._id = connection, arrived.id
+        self.peer: PeerId = connection.peer
+        self.record: Signed[PeerRecord] | None = connection.greeted.record
+        self.method = arrived.method
+        self.body = arrived.body
+        self.payload = arrived.payload
+
+    async def send(self, body: bytes, payload: Iterable[Buffer] = ()) -> None:
+        """Send one part of the answer; waits until those before it are on their way.
+
+        The buffers must not change before the call has ended. Raises `LocalProtocolError` for more
+        than 63 KiB of body, 64 MiB of payload (64 KiB on a control connection) or 256 parts.
+        """
+        await self._connection.reply(self._id, body, payload)
+
+
+Handler = Callable[[IncomingCall], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What two peers agreed on in their greeting; `outbound` if this side dialled."""
+
+    frames: FrameStream
+    greeted: Greeted
+    bulk: bool
+    outbound: bool
+
+
+class Connection:
+    """A greeted channel. `run` works on it until it ends."""
+
+    def __init__(self, terms: Terms, account: PeerQuota, handlers: Mapping[str, Handler]) -> None:
+        self.greeted, self.bulk, self.outbound = terms.greeted, terms.bulk, terms.outbound
+        self.peer = terms.greeted.peer
+        self.opened_at = self.last_used = trio.current_time()
+        self.error: P2PMoEError | None = None
+        self._cut: ConnectionLost | None = None  # why nothing more can be sent
+        self.account = account
+        self._frames, self._handlers, self._limits = terms.frames, handlers, account.params
+        self._core = Exchange(_params(terms, account), account, allocate, self.opened_at)
+        self._asked: dict[int, OutgoingCall] = {}
+        self._running: dict[int, trio.CancelScope] = {}
+        self._heard_bytes = terms.frames.received_bytes
+        self._wake = trio.lowlevel.ParkingLot()  # the writer, while there is nothing to send
+        self._room = trio.lowlevel.ParkingLot()  # answers that wait for the parts before them
+        self._life = trio.CancelScope()
+        self._alarm = trio.CancelScope()
+
+    # -------------------------------------------------------------- looking
+    @property
+    def open(self) -> bool:
+        """Whether calls can begin here."""
+        return self._core.open
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """Calls in flight: of ours, and of the other side."""
+        return self._core.calls
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of payloads that wait for their turn or for credit."""
+        return self._core.unsent_bytes
+
+    @property
+    def address(self) -> str:
+        """Where the other side is, for people."""
+        return str(self._frames.channel.remote)
+
+    # -------------------------------------------------------------- commands
+    def ask(
+        self, method: str, body: bytes, payload: Iterable[Buffer], budget: float
+    ) -> OutgoingCall:
+        """Begin a call that may take `budget` seconds. The connection must be `open`.
+
+        The buffers must not change before the call has ended. Raises `PeerBusy` and
+        `LocalProtocolError`.
+        """
+        call = self._core.ask(method, body, payload, budget)
+        outgoing = OutgoingCall(method, partial(self._taken, call), partial(self._cancel, call))
+        self._asked[call] = outgoing
+        self.last_used = trio.current_time()
+        self._changed()
+        return outgoing
+
+    async def reply(self, call: int, body: bytes, payload: Iterable[Buffer]) -> None:
+        """For `IncomingCall`: send a part, once those before it are on their way."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self._core.waiting(call):
+            await self._room.park()
+        self._core.reply(call, body, payload)
+        self._changed()
+
+    def retire(self) -> None:
+        """Say goodbye: no further calls, those in flight are answered, then `run` returns."""
+        self._core.leave()
+        self._changed()
+
+    def drop(self, error: P2PMoEError) -> None:
+        """End the connection now; all calls of ours are lost."""
+        if self.error is None and not self._core.closed:
+            self.error = error
+            self._lose_calls()
+            self._life.cancel()
+
+    # -------------------------------------------------------------- tasks
+    async def run(self) -> None:
+        """Work until the connection ends; `error` says why, `None` after a goodbye."""
+        channel = self._frames.channel
+        channel.set_user_timeout(USER_TIMEOUT[self.bulk])
+        self._life.deadline = trio.current_time() + channel.expires_at - time.time()
+        try:
+            with self._life:
+                async with trio.open_nursery() as loops:
+                    loops.start_soon(self._write)
+                    loops.start_soon(self._keep_time)
+                    async with trio.open_nursery() as calls:
+                        await self._read(calls)
+            if self.error is None and not self._core.parted:
+                self.error = self._cut or NotAllowed("a certificate has expired")
+        finally:
+            self._lose_calls()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_LIMIT):
+                try:
+                    await self._say_last_words()
+                finally:
+                    await self._frames.close()
+
+    async def _read(self, calls: trio.Nursery) -> None:
+        while True:
+            try:
+                frames = await self._frames.receive()
+                now = trio.current_time()
+                effects = [effect for frame in frames for effect in self._core.receive(frame, now)]
+            except P2PMoEError as error:
+                self._end(error)
+                return
+            self._hear(now)
+            self._perform(effects, calls)
+            if (deadline := self._core.next_deadline()) < self._alarm.deadline:
+                self._alarm.deadline = deadline
+            self._changed()
+
+    async def _write(self) -> None:
+        while True:
+            batch, size = self._next_batch()
+            if not batch:
+                await self._wake.park()
+                continue
+            try:
+                with trio.fail_after(self._limits.grace + size / self._limits.least_rate):
+                    await self._frames.send(batch)
+            except trio.TooSlowError:
+                self.drop(ConnectionLost("the other side does not read"))
+            except ConnectionLost as error:  # what it sent before is still read
+                self._cut = error
+                self._close_within(CLOSING_LIMIT)
+                return
+            self._room.unpark_all()
+            self._changed()
+
+    def _next_batch(self) -> tuple[list[OutFrame], int]:
+        batch: list[OutFrame] = []
+        size = 0
+        while size < SEND_BYTES and (frame := self._core.next_frame()) is not None:
+            batch.append(frame)
+            size += len(frame.header) + frame.size
+        return batch, size
+
+    async def _keep_time(self) -> None:
+        while True:
+            with trio.CancelScope(deadline=self._core.next_deadline()) as self._alarm:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            self._hear(now)
+            try:
+                self._core.tick(now)
+            except P2PMoEError as error:
+                self.drop(error)
+            self._changed()
+
+    async def _answer(self, call: IncomingCall, number: int, scope: trio.CancelScope) -> None:
+        code, detail, retry_after = "", "", None
+        try:
+            with scope:
+                await self._handler(call.method)(call)
+            if scope.cancelled_caught:
+                code, detail = CallTimeout.code, "no answer by the deadline"
+        except P2PMoEError as error:
+            code, detail = error.code, str(error)
+            retry_after = getattr(error, "retry_after", None)
+        except Exception as error:  # noqa: BLE001  the edge of a task: the caller learns that it failed, the log why
+            code, detail = RemoteError.code, "the call failed over there: see its log"
+            telemetry.emit(
+                "net.call.crashed", level="error", op=call.method, error=repr(error), exc_info=True
+            )
+        finally:
+            del self._running[number]
+            self.last_used = trio.current_time()
+        self._core.end(number, code, detail, retry_after)
+        self._changed()
+        op = call.method if call.method in self._handlers else "unknown"
+        telemetry.count("p2pmoe_calls_total", side="server", op=op, result=code or "ok")
+
+    # -------------------------------------------------------------- between awaits
+    def _hear(self, now: float) -> None:
+        """Tell the core of the bytes that came since the last time."""
+        size = self._frames.received_bytes - self._heard_bytes
+        if size:
+            self._heard_bytes += size
+            self._core.heard(size, now, inside_frame=self._frames.inside_frame)
+
+    def _handler(self, method: str) -> Handler:
+        return self._handlers.get(method, _no_handler)
+
+    def _taken(self, call: int, size: int) -> None:
+        self._core.taken(call, size)
+        self._changed()
+
+    def _cancel(self, call: int) -> None:
+        del self._asked[call]
+        self._core.cancel(call)
+        self._changed()
+
+    def _perform(self, effects: Iterable[Effect], calls: trio.Nursery) -> None:
+        for effect in effects:
+            match effect:
+                case CallArrived():
+                    scope = trio.CancelScope(deadline=effect.deadline)
+                    self._running[effect.id] = scope
+                    calls.start_soon(self._answer, IncomingCall(self, effect), effect.id, scope)
+                case CallCancelled():
+                    self._running[effect.id].cancel()
+                case PartArrived():
+                    self._asked[effect.id].arrived(effect.part)
+                case _:
+                    self._settle(effect)
+
+    def _settle(self, effect: CallEnded | CallLost) -> None:
+        """A call of ours is over."""
+        outgoing = self._asked.pop(effect.id)
+        self.last_used = trio.current_time()
+        if isinstance(effect, CallLost):
+            kind = ConnectionLost if effect.begun else NotBegun
+            why = self.error or "this node closed it"
+            error: P2PMoEError = kind(f"{self.address}: call: the connection ended: {why}")
+        elif effect.code:
+            error = from_code(effect.code, effect.detail, retry_after=effect.retry_after)
+        else:
+            outgoing.ended(None, "ok")
+            return
+        error.peer, error.stage, error.address = self.peer.short, "call", self.address
+        outgoing.ended(error, error.code)
+
+    def _changed(self) -> None:
+        """After anything that may give the writer work, or leave nothing to do."""
+        if self._core.sendable:
+            self._wake.unpark_all()
+        elif self._core.finished and self._frames.whole:
+            # Who said goodbye first lets the other side close, which may still have to read.
+            self._close_within(0 if self._core.left else CLOSING_LIMIT)
+
+    def _close_within(self, seconds: float) -> None:
+        self._life.deadline = min(self._life.deadline, trio.current_time() + seconds)
+
+    def _end(self, error: P2PMoEError) -> None:
+        """Reading is over."""
+        if self._core.parted:
+            self._close_within(0)
+        else:
+            self.drop(self._cut or error)
+
+    def _lose_calls(self) -> None:
+        for effect in self._core.close():
+            assert isinstance(effect, CallLost)
+            self._settle(effect)
+
+    async def _say_last_words(self) -> None:
+        """Why it ends, if the other side does not know."""
+        last: Refuse | Goodbye
+        if isinstance(self.error, RemoteProtocolError):
+            last = Refuse(code=self.error.code, detail=str(self.error)[:MAX_DETAIL])
+        elif self.error is None and not (self._core.leaving or self._core.left):
+            last = Goodbye(last_id=self._core.last_id)
+        else:
+            return
+        with suppress(ConnectionLost):
+            await self._frames.send([OutFrame(schema.encode(last))])
+
+
+class _UnknownMethod(P2PMoEError):
+    """Nobody answers this method here."""
+
+    code = "method"
+
+
+async def _no_handler(call: IncomingCall) -> None:
+    raise _UnknownMethod(f"there is no method {call.method} here")
+
+
+def _params(terms: Terms, account: PeerQuota) -> ExchangeParams:
+    limits = account.params
+    chunk_bytes = (BULK_LIMITS if terms.bulk else CONTROL_LIMITS).payload_bytes
+    return ExchangeParams(
+        dialler=terms.outbound,
+        chunk_bytes=chunk_bytes,
+        payload_bytes=MAX_PAYLOAD_BYTES if terms.bulk else chunk_bytes,
+        ping_after=limits.ping_bulk if terms.bulk else limits.ping_control,
+    )
+
+
+def allocate(size: int) -> memoryview:
+    """A writable buffer that takes memory only as it is filled; aligned to a page."""
+    if not size:
+        return memoryview(bytearray())
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

@@ -1,0 +1,77 @@
+"""Where channels become connections: a seat in the quota, and the greeting.
+
+Rules: a connection has a seat from before its greeting until it ends; `leave` gives it back. A
+channel that does not become a connection is closed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import trio
+
+from p2pmoe.errors import PeerBusy
+from p2pmoe.net.connection import Connection, Handler, Terms
+from p2pmoe.net.dialling import dial_any
+from p2pmoe.net.greeting import Greeter
+from p2pmoe.net.links import Dial
+from p2pmoe.net.quota import PeerQuota, Quota
+from p2pmoe.net.transport import Channel, Transport
+
+
+class Door:
+    """Lets connections out and in. Closed, it refuses those that come in."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        greeter: Greeter,
+        quota: Quota,
+        handlers: Mapping[str, Handler],
+    ) -> None:
+        self._transport, self._greeter = transport, greeter
+        self._quota, self._handlers = quota, handlers
+        self.closed = False
+
+    async def dial(self, dial: Dial) -> Connection:
+        """Reach a peer. Raises as `dial_any` and `Greeter.dial`, and `PeerBusy`."""
+        channel = await dial_any(self._transport, dial.addresses, dial.expect)
+        try:
+            account = self._take_seat(channel, bulk=dial.bulk)
+            try:
+                frames, greeted = await self._greeter.dial(channel, bulk=dial.bulk)
+            except BaseException:
+                self._quota.disconnect(account, bulk=dial.bulk)
+                raise
+        except BaseException:
+            await trio.aclose_forcefully(channel.stream)
+            raise
+        terms = Terms(frames, greeted, dial.bulk, outbound=True)
+        return Connection(terms, account, self._handlers)
+
+    async def accept(self, channel: Channel) -> Connection:
+        """Let a peer in. Raises as `Greeter.accept`, and `PeerBusy`."""
+        seats: list[tuple[PeerQuota, bool]] = []
+
+        def admit(bulk: bool) -> None:
+            if self.closed:
+                raise PeerBusy("the listener is shutting down")
+            seats.append((self._take_seat(channel, bulk=bulk), bulk))
+
+        try:
+            frames, greeted = await self._greeter.accept(channel, admit)
+        except BaseException:
+            for account, bulk in seats:
+                self._quota.disconnect(account, bulk=bulk)
+            await trio.aclose_forcefully(channel.stream)
+            raise
+        [(account, bulk)] = seats
+        terms = Terms(frames, greeted, bulk, outbound=False)
+        return Connection(terms, account, self._handlers)
+
+    def leave(self, connection: Connection) -> None:
+        """The connection has ended: its seat is free."""
+        self._quota.disconnect(connection.account, bulk=connection.bulk)
+
+    def _take_seat(self, channel: Channel, *, bulk: bool) -> PeerQuota:
+        return self._quota.connect(channel.peer, bulk=bulk, now=trio.current_time())

@@ -1,0 +1,127 @@
+"""The headers of frames: what two peers say about a connection and the calls on it.
+
+A header is a CBOR map with a tag `t`. Only a `Chunk` has a payload behind its header. Whoever
+dialled gives its calls odd ids, the other side even ones; ids grow and are never used again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+
+from p2pmoe.wire import schema
+from p2pmoe.wire.peer_record import MAX_RECORD_BYTES
+from p2pmoe.wire.schema import U16, U32, U64, Bytes32, Message, Text24, Text64
+from p2pmoe.wire.tensor import MAX_TENSOR_BYTES
+
+VERSION_MIN = 1  # the protocol versions that this package speaks
+VERSION_MAX = 1
+FEATURES = 0  # feature bits that this package knows; the two sides use what both have
+MAX_BODY_BYTES = 63 * 1024  # leaves the header's other fields 1 KiB of a 64 KiB frame
+MAX_PAYLOAD_BYTES = MAX_TENSOR_BYTES  # of one request, or of one part of an answer
+MAX_PARTS = 256  # parts of one answer; a guess, four times what one expert call has
+MAX_DETAIL = 256  # characters of a failure's text
+MAX_WINDOW_BYTES = 8 * 1024 * 1024  # credit that may be open at once, for a call or a connection
+
+CallId = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+Body = Annotated[bytes, msgspec.Meta(max_length=MAX_BODY_BYTES)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)]
+Detail = Annotated[str, msgspec.Meta(max_length=MAX_DETAIL)]
+ChannelClass = Literal["control", "bulk"]
+
+
+class Hello(Message, frozen=True, kw_only=True, tag_field="t", tag="hello"):
+    """The first frame of each side; the dialler's comes first.
+
+    `record` is the sender's sealed peer record, empty when nobody can dial it.
+    """
+
+    version_min: U16
+    version_max: U16
+    network: Bytes32
+    channel: ChannelClass
+    record: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)] = b""
+    features: U64 = 0
+    agent: Text64 = ""
+
+
+class Refuse(Message, frozen=True, kw_only=True, tag_field="t", tag="refuse"):
+    """Why the sender closes this connection now."""
+
+    code: Text24
+    detail: Detail = ""
+
+
+class Request(Message, frozen=True, kw_only=True, tag_field="t", tag="request"):
+    """A call. `size` bytes of payload follow in chunks; `budget_ms` is left of its deadline."""
+
+    id: CallId
+    method: Text64
+    budget_ms: U32
+    body: Body = b""
+    size: Size = 0
+
+
+class Reply(Message, frozen=True, kw_only=True, tag_field="t", tag="reply"):
+    """A part of the answer. `size` bytes of payload follow in chunks, before the next part."""
+
+    id: CallId
+    body: Body = b""
+    size: Size = 0
+
+
+class Chunk(Message, frozen=True, kw_only=True, tag_field="t", tag="chunk"):
+    """The next bytes of a request's or a part's payload."""
+
+    id: CallId
+
+
+class Credit(Message, frozen=True, kw_only=True, tag_field="t", tag="credit"):
+    """So many more bytes of payload may be sent for a call, or (id 0) on the connection."""
+
+    id: U64
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW_BYTES)]
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag_field="t", tag="cancel"):
+    """The caller wants no answer any more."""
+
+    id: CallId
+
+
+class End(Message, frozen=True, kw_only=True, tag_field="t", tag="end"):
+    """The last frame of an answer. `code` is empty when all went well."""
+
+    id: CallId
+    code: Text24 = ""
+    detail: Detail = ""
+    retry_after_ms: U32 = 0
+
+
+class Goodbye(Message, frozen=True, kw_only=True, tag_field="t", tag="goodbye"):
+    """No further calls: those up to `last_id` are answered, later ones were not begun."""
+
+    last_id: U64
+
+
+class Ping(Message, frozen=True, kw_only=True, tag_field="t", tag="ping"):
+    """Are you there? `n` grows."""
+
+    n: U64
+
+
+class Pong(Message, frozen=True, kw_only=True, tag_field="t", tag="pong"):
+    """Yes, with the `n` of the ping."""
+
+    n: U64
+
+
+Header = (
+    Hello | Refuse | Request | Reply | Chunk | Credit | Cancel | End | Goodbye | Ping | Pong
+)  # what a frame may begin with
+
+
+def decode_header(data: bytes) -> Header:
+    """A frame's header from its bytes; raises as `schema.decode`."""
+    return cast("Header", schema.decode(data, cast("Any", Header)))

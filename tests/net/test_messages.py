@@ -1,0 +1,89 @@
+"""Frame headers: what each carries, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pmoe.errors import MalformedMessage
+from p2pmoe.net.messages import (
+    MAX_BODY_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MAX_WINDOW_BYTES,
+    Cancel,
+    Chunk,
+    Credit,
+    End,
+    Goodbye,
+    Hello,
+    Ping,
+    Pong,
+    Refuse,
+    Reply,
+    Request,
+    decode_header,
+)
+from p2pmoe.wire import cbor, schema
+from p2pmoe.wire.framing import MAX_HEADER_BYTES
+
+u16, u32, u63 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1)
+ids = st.integers(1, 2**63 - 1)
+sizes = st.integers(0, MAX_PAYLOAD_BYTES)
+bodies = st.binary(max_size=60)
+
+headers = st.one_of(
+    st.builds(
+        Hello,
+        version_min=u16,
+        version_max=u16,
+        network=st.binary(min_size=32, max_size=32),
+        channel=st.sampled_from(["control", "bulk"]),
+        record=st.binary(max_size=600),
+        features=u63,
+        agent=st.text(max_size=64),
+    ),
+    st.builds(Refuse, code=st.text(max_size=24), detail=st.text(max_size=256)),
+    st.builds(Request, id=ids, method=st.text(max_size=64), budget_ms=u32, body=bodies, size=sizes),
+    st.builds(Reply, id=ids, body=bodies, size=sizes),
+    st.builds(Chunk, id=ids),
+    st.builds(Credit, id=u63, size=st.integers(1, MAX_WINDOW_BYTES)),
+    st.builds(Cancel, id=ids),
+    st.builds(
+        End, id=ids, code=st.text(max_size=24), detail=st.text(max_size=256), retry_after_ms=u32
+    ),
+    st.builds(Goodbye, last_id=u63),
+    st.builds(Ping, n=u63),
+    st.builds(Pong, n=u63),
+)
+
+
+@given(headers)
+def test_a_header_is_the_same_after_the_wire(header):
+    assert decode_header(schema.encode(header)) == header
+
+
+@given(st.dictionaries(st.text(max_size=8), st.integers(0, 9) | st.binary(max_size=8), max_size=6))
+def test_a_map_that_is_no_header_is_refused_by_its_shape(value):
+    with pytest.raises(MalformedMessage, match=r"schema\.mismatch"):
+        decode_header(cbor.dumps(value))
+
+
+def test_the_largest_request_and_reply_fit_one_control_frame():
+    body, text = bytes(MAX_BODY_BYTES), "\U0010ffff"
+    request = Request(
+        id=2**63 - 1,
+        method=text * 64,
+        budget_ms=2**32 - 1,
+        body=body,
+        size=MAX_PAYLOAD_BYTES,
+    )
+    reply = Reply(id=2**63 - 1, body=body, size=MAX_PAYLOAD_BYTES)
+    assert len(schema.encode(request)) <= MAX_HEADER_BYTES
+    assert len(schema.encode(reply)) <= MAX_HEADER_BYTES
+
+
+def test_a_call_has_an_id_above_zero_because_zero_is_the_connection():
+    assert decode_header(schema.encode(Credit(id=0, size=1))) == Credit(id=0, size=1)
+    with pytest.raises(MalformedMessage, match=r"schema\.mismatch"):
+        decode_header(cbor.dumps({"t": "chunk", "id": 0}))
