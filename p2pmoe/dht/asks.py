@@ -1,0 +1,268 @@
+"""Questions to one peer: those that come up together travel in one call.
+
+`find`, `get` and `put` each take one question and return its answer, opened and verified. Rules: a
+peer that cannot be reached, does not answer in time or breaks the protocol is marked in
+`Contacts`; every signature in an answer is checked here, so that above only typed values exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
+
+import trio
+
+from p2pmoe import telemetry
+from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.jobs import Jobs, Promise
+from p2pmoe.dht.leases import LeaseCopy, RecordCopy, Vote
+from p2pmoe.dht.messages import (
+    BODY_TYPES,
+    FIND,
+    GET,
+    MAX_BATCH,
+    PUT,
+    Copy,
+    FindRequest,
+    FoundReply,
+    GetRequest,
+    KeyQuery,
+    PutReply,
+    PutRequest,
+    RecordPut,
+    StoredKind,
+    Verdict,
+)
+from p2pmoe.errors import (
+    CallTimeout,
+    MalformedMessage,
+    NodeClosed,
+    P2PMoEError,
+    PeerUnreachable,
+    RemoteProtocolError,
+)
+from p2pmoe.identity import PeerId
+from p2pmoe.net.pool import Pool
+from p2pmoe.wire import schema
+from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, open_envelope
+from p2pmoe.wire.peer_record import open_record
+from p2pmoe.wire.schema import Message
+
+BATCH_BYTES = 40 * 1024  # of records in one put; leaves room in a control frame
+ASK_LIMIT = 3.0  # seconds for a find or a get, dialling included: 5 round trips of 600 ms
+PUT_LIMIT = 8.0  # seconds for a put: its holder may ask others first
+LINGER = 0.001  # seconds that a question waits for others to the same peer; a guess
+VERIFY_AT_ONCE = 16  # signatures checked before other tasks get their turn: about 3 ms
+VERIFIED = 4096  # digests of envelopes that were verified; four times a swarm of 1,000
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+R = TypeVar("R", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A key to get, and what kind of record lies there."""
+
+    kind: Kind
+    key: bytes
+    after: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one peer says to a find or a get."""
+
+    closer: tuple[PeerId, ...] = ()
+    records: tuple[RecordCopy[Any], ...] = ()
+    number: int = 0
+    more: bool = False
+
+
+class Asks:
+    """The three questions, each for one peer at a time."""
+
+    def __init__(self, pool: Pool, contacts: Contacts, network: bytes, jobs: Jobs) -> None:
+        self._pool, self._contacts, self._network = pool, contacts, network
+        self.verified = VerifiedCache(VERIFIED)
+        self._finds = _Line[bytes, Answer](jobs, self._send_find, lambda _: 32, self._failed)
+        self._gets = _Line[Question, Answer](jobs, self._send_get, lambda _: 80, self._failed)
+        self._puts = _Line[Signed[Any], Vote](
+            jobs, self._send_put, lambda put: len(put.raw), self._failed
+        )
+
+    async def find(self, peer: PeerId, target: bytes) -> Answer:
+        """Who is closer to this place; raises `P2PMoEError` when the peer does not say."""
+        return await self._finds.ask(peer, target)
+
+    async def get(self, peer: PeerId, question: Question) -> Answer:
+        """What the peer holds under a key, and who is closer to it; raises as `find`."""
+        return await self._gets.ask(peer, question)
+
+    async def put(self, peer: PeerId, record: Signed[Any]) -> Vote:
+        """What the peer makes of a record; raises as `find`."""
+        return await self._puts.ask(peer, record)
+
+    # ---------------------------------------------------------------------------------- sending
+    async def _send_find(self, peer: PeerId, targets: Sequence[bytes]) -> list[Answer]:
+        request = FindRequest(targets=tuple(targets))
+        reply = await self._call(peer, FIND, request, FoundReply, ASK_LIMIT)
+        return await self._open_found(reply, [None for _ in targets], trio.current_time())
+
+    async def _send_get(self, peer: PeerId, questions: Sequence[Question]) -> list[Answer]:
+        keys = tuple(KeyQuery(key=each.key, after=each.after) for each in questions)
+        asked_at = trio.current_time()
+        reply = await self._call(peer, GET, GetRequest(keys=keys), FoundReply, ASK_LIMIT)
+        return await self._open_found(reply, questions, asked_at)
+
+    async def _send_put(self, peer: PeerId, records: Sequence[Signed[Any]]) -> list[Vote]:
+        puts = tuple(
+            RecordPut(kind=cast("StoredKind", each.kind.value), record=each.raw) for each in records
+        )
+        asked_at = trio.current_time()
+        reply = await self._call(peer, PUT, PutRequest(records=puts), PutReply, PUT_LIMIT)
+        if len(reply.verdicts) != len(records):
+            raise MalformedMessage("dht.answers", "one verdict a record")
+        pairs = zip(records, reply.verdicts, strict=True)
+        return [self._open_vote(verdict, record, asked_at) for record, verdict in pairs]
+
+    async def _call(
+        self, peer: PeerId, method: str, request: Message, reply: type[R], limit: float
+    ) -> R:
+        contact = self._contacts.contact(peer)
+        if contact is None:
+            raise PeerUnreachable(f"no address of peer {peer} is known", peer=peer.hex)
+        try:
+            with trio.fail_after(limit):
+                part = await self._pool.call(contact, method, schema.encode(request))
+        except trio.TooSlowError:
+            raise CallTimeout(f"peer {peer} did not answer {method}", peer=peer.hex) from None
+        telemetry.count("p2pmoe_dht_requests_total", op=method, result="ok")
+        self._contacts.table.seen(peer)
+        return schema.decode(part.body, reply)
+
+    def _failed(self, peer: PeerId, error: P2PMoEError) -> None:
+        telemetry.count("p2pmoe_dht_requests_total", op="any", result=error.code)
+        telemetry.emit("dht.call.failed", peer=peer, error=error)
+        if isinstance(error, PeerUnreachable | CallTimeout | RemoteProtocolError):
+            self._contacts.failed(peer, trio.current_time())
+
+    # ---------------------------------------------------------------------------------- opening
+    async def _open_found(
+        self, reply: FoundReply, questions: Sequence[Question | None], asked_at: float
+    ) -> list[Answer]:
+        """Lifetimes count from when the question was sent, so that none is read as longer."""
+        if len(reply.answers) > len(questions):
+            raise MalformedMessage("dht.answers", "more than questions")
+        peers = []
+        for at, raw in enumerate(reply.contacts, start=1):
+            record = open_record(raw, self._network, self.verified)
+            self._contacts.learn(record)
+            peers.append(record.signer)
+            if at % VERIFY_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        answers = []
+        for question, found in zip(questions, reply.answers, strict=False):
+            if any(index >= len(peers) for index in found.closer):
+                raise MalformedMessage("dht.contact", "a contact that is not there")
+            answers.append(
+                Answer(
+                    tuple(peers[index] for index in found.closer),
+                    await self._open_copies(found.records, question, asked_at),
+                    found.number,
+                    found.more,
+                )
+            )
+        return answers
+
+    async def _open_copies(
+        self, copies: Iterable[Copy], question: Question | None, asked_at: float
+    ) -> tuple[RecordCopy[Any], ...]:
+        opened = []
+        for at, copy in enumerate(copies, start=1):
+            if question is None:
+                raise MalformedMessage("dht.answers", "records that nobody asked for")
+            opened.append(self._open_copy(copy, question.kind, question.key, asked_at))
+            if at % VERIFY_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return tuple(opened)
+
+    def _open_copy(self, copy: Copy, kind: Kind, key: bytes, asked_at: float) -> RecordCopy[Any]:
+        signed = self.open(copy.record, kind)
+        if signed.body.key != key:
+            raise MalformedMessage("dht.key", "a record of another key")
+        return RecordCopy(signed, asked_at + copy.left_ms / 1000)
+
+    def open(self, raw: bytes, kind: Kind) -> Signed[Any]:
+        """Check a sealed record of this kind; `MalformedMessage` else."""
+        return open_envelope(
+            raw, BODY_TYPES[kind], kind=kind, network=self._network, cache=self.verified
+        )
+
+    def _open_vote(self, verdict: Verdict, record: Signed[Any], asked_at: float) -> Vote:
+        owner: LeaseCopy | None = None
+        if verdict.owner is not None and record.kind is Kind.LEASE:
+            owner = self._open_copy(verdict.owner, Kind.LEASE, record.body.key, asked_at)
+        return Vote(verdict.outcome, verdict.why, verdict.number, owner)
+
+
+class _Line(Generic[Q, A]):
+    """The questions of one method that wait to be sent, by peer."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        send: Callable[[PeerId, Sequence[Q]], Awaitable[Sequence[A]]],
+        cost: Callable[[Q], int],
+        failed: Callable[[PeerId, P2PMoEError], None],
+    ) -> None:
+        self._jobs, self._send, self._cost, self._failed = jobs, send, cost, failed
+        self._waiting: dict[PeerId, list[tuple[Q, Promise[A]]]] = {}  # until they are sent
+
+    async def ask(self, peer: PeerId, question: Q) -> A:
+        promise = Promise[A]()
+        waiting = self._waiting.get(peer)
+        if waiting is not None:
+            waiting.append((question, promise))
+        else:
+            self._jobs.start(partial(self._flush, peer), partial(self._abandon, peer))
+            self._waiting[peer] = [(question, promise)]
+        return await promise.wait()
+
+    async def _flush(self, peer: PeerId) -> None:
+        waiting = rest = self._waiting[peer]  # it grows until the first call is made
+        try:
+            await trio.sleep(LINGER)
+            del self._waiting[peer]
+            while rest:
+                batch = rest[: self._fitting(rest)]
+                answers = await self._send(peer, [question for question, _ in batch])
+                for (_, promise), answer in zip(batch, answers, strict=False):
+                    promise.keep(answer)
+                rest = rest[len(answers) :]
+        except P2PMoEError as error:
+            self._failed(peer, error)
+            _fail(waiting, error)
+        finally:
+            if self._waiting.get(peer) is waiting:
+                del self._waiting[peer]
+            _fail(waiting, NodeClosed("the node was closed"))
+
+    def _abandon(self, peer: PeerId) -> None:
+        _fail(self._waiting.pop(peer), NodeClosed("the node was closed"))
+
+    def _fitting(self, waiting: Sequence[tuple[Q, Promise[A]]]) -> int:
+        """How many of these one call may carry: at least one."""
+        total = 0
+        for fitting, (question, _) in enumerate(waiting[:MAX_BATCH]):
+            total += self._cost(question)
+            if fitting and total > BATCH_BYTES:
+                return fitting
+        return min(len(waiting), MAX_BATCH)
+
+
+def _fail(waiting: Sequence[tuple[Any, Promise[Any]]], error: P2PMoEError) -> None:
+    for _, promise in waiting:
+        promise.fail(error)

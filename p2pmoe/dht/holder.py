@@ -1,0 +1,188 @@
+"""The holding side: answers `dht.find`, `dht.get` and `dht.put` out of this peer's own store.
+
+A lease or a dictionary is taken only over its publisher's own connection, so that its lifetime
+runs from when the publisher said it; a manifest may come from anybody, because it says nothing
+about who has it. Before a vacant uid is granted the publisher was dialled back and the other
+closest peers were asked (L1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import trio
+
+from p2pmoe import telemetry
+from p2pmoe.dht.asks import Answer, Asks
+from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.leases import LeaseCopy, Vote
+from p2pmoe.dht.messages import (
+    FIND,
+    GET,
+    PUT,
+    FindRequest,
+    GetRequest,
+    Lease,
+    PutReply,
+    PutRequest,
+    Verdict,
+)
+from p2pmoe.dht.packing import Packer, copy_of
+from p2pmoe.dht.records import (
+    Abstained,
+    AskFirst,
+    Full,
+    Others,
+    Put,
+    RecordStore,
+    Refused,
+    Stale,
+    Stored,
+)
+from p2pmoe.dht.search import Place, Searches
+from p2pmoe.errors import NodeClosed, NotAllowed, PeerBusy
+from p2pmoe.identity import PeerId
+from p2pmoe.net.connection import Handler, IncomingCall
+from p2pmoe.wire import schema
+from p2pmoe.wire.envelope import Kind, Signed
+
+OTHERS_LIMIT = 4.0  # seconds for L1; within what the publisher waits for a put
+
+
+@dataclass(frozen=True, slots=True)
+class HolderParts:
+    """What a holder works with. `dial_back` says whether a peer answers at its own addresses."""
+
+    place: Place
+    store: RecordStore
+    contacts: Contacts
+    asks: Asks
+    searches: Searches
+    dial_back: Callable[[PeerId], Awaitable[bool]]
+
+
+class Holder:
+    """Serves this peer's store to others, and to itself by `put`."""
+
+    def __init__(self, parts: HolderParts) -> None:
+        self._parts = parts
+        self.handlers: dict[str, Handler] = {FIND: self._find, GET: self._get, PUT: self._put}
+
+    # ---------------------------------------------------------------------------------- answers
+    async def _find(self, call: IncomingCall) -> None:
+        request = schema.decode(call.body, FindRequest)
+        packer = Packer(self._card, trio.current_time())
+        for target in request.targets:
+            if not packer.add(self._closer(target, call.peer), []):
+                break
+        await call.send(schema.encode(packer.reply()))
+
+    async def _get(self, call: IncomingCall) -> None:
+        request = schema.decode(call.body, GetRequest)
+        now, store = trio.current_time(), self._parts.store
+        packer = Packer(self._card, now)
+        for query in request.keys:
+            records = store.get(query.key, now, query.after)
+            closer = self._closer(query.key, call.peer)
+            if not packer.add(closer, records, store.number(query.key)):
+                break
+        await call.send(schema.encode(packer.reply()))
+
+    async def _put(self, call: IncomingCall) -> None:
+        if self._parts.place.holder is None:
+            raise NotAllowed("this peer cannot be dialled and holds nothing for others")
+        request = schema.decode(call.body, PutRequest)
+        if call.record is not None:
+            self._parts.contacts.learn(call.record)
+        records = [self._parts.asks.open(each.record, Kind(each.kind)) for each in request.records]
+        votes: dict[int, Vote] = {}
+        async with trio.open_nursery() as decisions:
+            for at, record in enumerate(records):
+                decisions.start_soon(self._put_one, call.peer, record, at, votes)
+        now = trio.current_time()
+        verdicts = tuple(_verdict(votes[at], now) for at in range(len(records)))
+        await call.send(schema.encode(PutReply(verdicts=verdicts)))
+
+    async def _put_one(
+        self, sender: PeerId, record: Signed[Any], at: int, votes: dict[int, Vote]
+    ) -> None:
+        if sender != record.signer and record.kind is not Kind.MANIFEST:
+            votes[at] = Vote("refused", "not_publisher")
+        else:
+            votes[at] = await self.put(record)
+
+    def _card(self, peer: PeerId) -> bytes | None:
+        record = self._parts.contacts.record(peer)
+        return None if record is None else record.raw
+
+    def _closer(self, target: bytes, asker: PeerId) -> list[PeerId]:
+        searches = self._parts.searches
+        return self._parts.contacts.table.closest(
+            target, searches.params.k, lambda peer: peer != asker and searches.usable(peer)
+        )
+
+    # --------------------------------------------------------------------------------- decisions
+    async def put(self, record: Signed[Any]) -> Vote:
+        """What this holder makes of a record that its publisher handed over."""
+        outcome = self._parts.store.put(record, trio.current_time())
+        if isinstance(outcome, AskFirst):
+            outcome = await self._grant(outcome.lease)
+        telemetry.count("p2pmoe_dht_puts_total", result=type(outcome).__name__.lower())
+        return vote_of(outcome)
+
+    async def _grant(self, lease: Signed[Lease]) -> Put:
+        """L1: dial the publisher back, ask the others, then decide."""
+        others: list[Others] = []
+        reached = lease.signer == self._parts.place.own
+        with trio.move_on_after(OTHERS_LIMIT):
+            async with trio.open_nursery() as questions:
+                questions.start_soon(self._ask_others, lease, others)
+                reached = reached or await self._parts.dial_back(lease.signer)
+        if not reached:
+            return Refused("not_dialled")
+        if not others:  # they did not all answer in time, so nothing is known
+            return Abstained()
+        return self._parts.store.decide(lease, others[0], trio.current_time())
+
+    async def _ask_others(self, lease: Signed[Lease], others: list[Others]) -> None:
+        owned = partial(_somebody_else_has_it, lease.signer)
+        try:
+            found = await self._parts.searches.read(Kind.LEASE, lease.body.key, owned)
+        except (NodeClosed, PeerBusy):  # this peer has too much to do, or ends
+            return
+        answered = len(found.answers.keys() - {self._parts.place.own})
+        others.append(Others(found.copies(), found.number(), answered))
+
+
+def _somebody_else_has_it(claimant: PeerId, answers: list[Answer], _asked: int) -> bool:
+    now = trio.current_time()
+    return any(
+        copy.signed.signer != claimant and now < copy.expires_at
+        for answer in answers
+        for copy in answer.records
+    )
+
+
+def vote_of(outcome: Put) -> Vote:
+    """The words for what the store has decided."""
+    match outcome:
+        case Stored():
+            return Vote("stored")
+        case Stale():
+            return Vote("stale")
+        case Abstained():
+            return Vote("abstained", "restarted")
+        case Full():
+            return Vote("full", outcome.why)
+        case _:
+            held = outcome.owner
+            owner = None if held is None else LeaseCopy(held.signed, held.expires_at)
+            return Vote("refused", outcome.why, outcome.number, owner)
+
+
+def _verdict(vote: Vote, now: float) -> Verdict:
+    owner = None if vote.owner is None else copy_of(vote.owner, now)
+    return Verdict(outcome=vote.outcome, why=vote.why, number=vote.number, owner=owner)

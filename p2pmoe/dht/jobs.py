@@ -1,0 +1,139 @@
+"""Work that outlives the call which began it: one nursery, and promises to wait on.
+
+Rules: `Jobs.run` owns every task; whoever waits for a promise may be cancelled without harm to the
+work or to the others who wait; when the nursery ends, every promise is broken with `NodeClosed`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from functools import partial
+from typing import Generic, TypeVar, cast
+
+import trio
+
+from p2pmoe.errors import NodeClosed, P2PMoEError, PeerBusy
+
+T = TypeVar("T")
+MOST_WAITING = 1024  # jobs that are handed over and not begun; a guess
+
+Job = Callable[[], Awaitable[None]]
+Abandon = Callable[[], None]
+
+
+class Promise(Generic[T]):
+    """A value that comes later, or the error instead of it."""
+
+    __slots__ = ("_error", "_ready", "_value")
+
+    def __init__(self) -> None:
+        self._ready = trio.Event()
+        self._value: T | None = None
+        self._error: P2PMoEError | None = None
+
+    def keep(self, value: T) -> None:
+        """Here is the value; what came first stays."""
+        if not self._ready.is_set():
+            self._value = value
+            self._ready.set()
+
+    def fail(self, error: P2PMoEError) -> None:
+        """There is no value, and this is why; what came first stays."""
+        if not self._ready.is_set():
+            self._error = error
+            self._ready.set()
+
+    async def wait(self) -> T:
+        """The value, once it is there; raises the error, a copy for each that waits."""
+        await self._ready.wait()
+        if self._error is not None:
+            raise copy.copy(self._error)
+        return cast("T", self._value)
+
+
+async def together(asks: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Ask all of these at once; their results in order, or the first error in that order."""
+    results: dict[int, T] = {}
+    errors: dict[int, P2PMoEError] = {}
+
+    async def run(at: int, ask: Callable[[], Awaitable[T]]) -> None:
+        try:
+            results[at] = await ask()
+        except P2PMoEError as error:
+            errors[at] = error
+
+    async with trio.open_nursery() as running:
+        for at, ask in enumerate(asks):
+            running.start_soon(run, at, ask)
+    if errors:
+        raise errors[min(errors)]
+    return [results[at] for at in range(len(asks))]
+
+
+class Jobs:
+    """Runs what is handed to it until it is cancelled."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[tuple[Job, Abandon]](MOST_WAITING)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Begin every job as it comes. Its end, by cancelling, is the end of all jobs."""
+        try:
+            async with trio.open_nursery() as jobs:
+                task_status.started()
+                async for job, _ in self._receive:
+                    jobs.start_soon(job)
+        finally:
+            self._abandon_the_rest()
+
+    def start(self, job: Job, abandoned: Abandon) -> None:
+        """Hand a job over. If it is never begun, `abandoned` is called when the node ends.
+
+        Raises `NodeClosed` after the end, `PeerBusy` when too many wait to begin.
+        """
+        try:
+            self._send.send_nowait((job, abandoned))
+        except trio.BrokenResourceError:
+            raise NodeClosed("the node was closed") from None
+        except trio.WouldBlock:
+            raise PeerBusy(f"{MOST_WAITING} questions wait here already") from None
+
+    def _abandon_the_rest(self) -> None:
+        while True:
+            try:
+                _, abandoned = self._receive.receive_nowait()
+            except trio.WouldBlock:
+                break
+            abandoned()
+        self._receive.close()
+
+
+class Flights(Generic[T]):
+    """Concurrent equal questions share one answer: the first asks, the others wait with it."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._flying: dict[Hashable, Promise[T]] = {}  # bounded by the calls in progress
+
+    async def share(self, key: Hashable, ask: Callable[[], Awaitable[T]]) -> T:
+        """The result of `ask()`, or of the one that is on its way for the same key."""
+        promise = self._flying.get(key)
+        if promise is None:
+            promise = Promise[T]()
+            self._jobs.start(partial(self._fly, key, promise, ask), partial(self._land, key))
+            self._flying[key] = promise
+        return await promise.wait()
+
+    async def _fly(
+        self, key: Hashable, promise: Promise[T], ask: Callable[[], Awaitable[T]]
+    ) -> None:
+        try:
+            promise.keep(await ask())
+        except P2PMoEError as error:
+            promise.fail(error)
+        finally:
+            self._land(key)
+
+    def _land(self, key: Hashable) -> None:
+        self._flying.pop(key).fail(NodeClosed("the node was closed"))

@@ -1,0 +1,120 @@
+"""What is known about peers: records, who was dialled, whom to avoid."""
+
+from p2pmoe.dht.contacts import ContactParams, Contacts
+from p2pmoe.dht.routing import Inserted, PingOldest, RoutingParams
+from p2pmoe.identity import KeyPair
+from p2pmoe.wire.address import Address
+from p2pmoe.wire.peer_record import PeerRecord, seal_record
+from tests.dht.swarm_of_ids import NETWORK, PEOPLE, card, dice
+
+OWN, ANN, BOB, EVE = PEOPLE[:4]
+
+
+def contacts(most_known: int = 2) -> Contacts:
+    params = ContactParams(most_known=most_known, routing=RoutingParams(k=1, replacements=1))
+    return Contacts(OWN.peer_id, params, now=0.0)
+
+
+def test_a_record_tells_where_a_peer_is_but_not_that_it_is_there() -> None:
+    one = contacts()
+    record = card(ANN, "10.0.0.1:4747")
+    one.learn(record)
+    found = one.contact(ANN.peer_id)
+    assert found is not None
+    assert found.addresses == (Address("10.0.0.1", 4747),)
+    assert one.record(ANN.peer_id) is record
+    assert not one.was_dialled(ANN.peer_id)
+    assert ANN.peer_id not in one.table
+
+
+def test_only_the_newer_record_of_a_peer_is_kept() -> None:
+    one = contacts()
+    new = card(ANN, "10.0.0.2:1", incarnation=2)
+    for record in (card(ANN, "10.0.0.1:1"), new, card(ANN, "10.0.0.1:1")):
+        one.learn(record)
+    assert one.record(ANN.peer_id) is new
+    assert len(one) == 1
+
+
+def test_a_record_of_ourselves_or_without_addresses_says_nothing() -> None:
+    one = contacts()
+    one.learn(card(OWN, "10.0.0.1:1"))
+    one.learn(card(ANN))
+    assert len(one) == 0
+
+
+def test_of_an_unknown_peer_nothing_is_known() -> None:
+    one = contacts()
+    assert one.record(ANN.peer_id) is None
+    assert one.contact(ANN.peer_id) is None
+    assert one.dialled(ANN.peer_id) is None
+    assert not one.was_dialled(ANN.peer_id)
+    assert not one.avoided(ANN.peer_id, 0.0)
+    one.failed(ANN.peer_id, 0.0)
+    assert not one.avoided(ANN.peer_id, 0.0)
+
+
+def test_a_peer_that_was_dialled_enters_the_table_and_leaves_it_when_it_fails() -> None:
+    one = contacts()
+    one.learn(card(ANN, "10.0.0.1:1"))
+    assert one.dialled(ANN.peer_id) == Inserted()
+    assert one.was_dialled(ANN.peer_id)
+    one.failed(ANN.peer_id, 5.0)
+    assert ANN.peer_id not in one.table
+    assert not one.was_dialled(ANN.peer_id)
+    assert one.avoided(ANN.peer_id, 14.9)
+    assert not one.avoided(ANN.peer_id, 15.0)
+
+
+def test_a_peer_that_is_reached_again_is_no_longer_avoided() -> None:
+    one = contacts()
+    one.learn(card(ANN, "10.0.0.1:1"))
+    one.failed(ANN.peer_id, 0.0)
+    one.dialled(ANN.peer_id)
+    assert not one.avoided(ANN.peer_id, 1.0)
+
+
+def test_a_peer_with_new_addresses_must_be_dialled_there() -> None:
+    one = contacts()
+    one.learn(card(ANN, "10.0.0.1:1"))
+    one.dialled(ANN.peer_id)
+    one.learn(card(ANN, "10.0.0.1:1", incarnation=2))
+    assert one.was_dialled(ANN.peer_id)
+    one.learn(card(ANN, "10.0.0.9:1", incarnation=3))
+    assert not one.was_dialled(ANN.peer_id)
+
+
+def test_a_full_bucket_is_the_callers_business() -> None:
+    one = contacts(most_known=50)
+    outcomes = []
+    for number in range(9, 40):
+        keys = KeyPair.from_seed(bytes([number]) * 32)
+        one.learn(card(keys, "10.0.0.1:1"))
+        outcomes.append(one.dialled(keys.peer_id))
+    assert any(isinstance(outcome, PingOldest) for outcome in outcomes)
+
+
+def test_what_is_known_is_bounded_and_the_table_is_never_forgotten() -> None:
+    one = contacts(most_known=2)
+    for keys in (ANN, BOB, EVE):
+        one.learn(card(keys, "10.0.0.1:1"))
+        if keys is ANN:
+            one.dialled(ANN.peer_id)
+    assert one.record(ANN.peer_id) is not None
+    assert one.record(BOB.peer_id) is None
+    assert one.record(EVE.peer_id) is not None
+
+
+def test_a_sample_names_some_of_those_that_are_known() -> None:
+    one = contacts()
+    one.learn(card(ANN, "10.0.0.1:1"))
+    assert one.sample(5, dice(1)) == [ANN.peer_id]
+    assert one.sample(0, dice(1)) == []
+
+
+def test_the_grids_are_those_that_known_peers_say_they_serve() -> None:
+    one = contacts()
+    record = PeerRecord(epoch=1, incarnation=1, addresses=("10.0.0.1:1",), grids=("ffn", "deep"))
+    one.learn(seal_record(ANN, record, NETWORK))
+    one.learn(card(BOB, "10.0.0.2:1"))
+    assert one.grids() == {"ffn", "deep"}

@@ -1,0 +1,142 @@
+"""Joining, dialling back, losing and finding peers again."""
+
+import pytest
+import trio
+
+from p2pmoe.dht.routing import PingOldest, RoutingParams, RoutingTable
+from p2pmoe.errors import (
+    LocalProtocolError,
+    NodeClosed,
+    PeerUnreachable,
+)
+from p2pmoe.net.pool import PeerConnected
+from p2pmoe.wire.address import Address
+from tests.dht.peers import UID, Peer, owner_of, swarm, town
+from tests.dht.swarm_of_ids import GRID, PEOPLE, card, manifest, place
+
+
+async def test_a_swarm_of_one_stores_and_claims_at_once(autojump_clock) -> None:
+    async with town() as here:
+        one = await here.open(1)
+        view = await one.dht.claim(GRID, UID)
+        assert (view.peer, view.number) == (one.id, 1)
+        assert await owner_of(one) == view
+        receipt = await one.dht.put_manifest(manifest(PEOPLE[0]))
+        assert receipt.stored == (one.id,)
+        assert await one.dht.get_manifest("ffn") == manifest(PEOPLE[0])
+
+
+async def test_two_peers_know_each_other_whoever_dialled(autojump_clock) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(1)
+        assert one.id in two.dht._contacts.table
+        assert two.id in one.dht._contacts.table
+
+
+async def test_a_peer_may_join_through_any_other_and_then_knows_all(autojump_clock) -> None:
+    async with town() as here:
+        peers: list[Peer] = []
+        for number in range(1, 7):
+            peers.append(await here.open(number, by=peers[-1:]))
+        await trio.sleep(1)
+        last = await here.open(7, by=[peers[3]])
+        assert len(last.dht._contacts.table) == 6
+        await trio.sleep(1)
+        for peer in peers:
+            assert last.id in peer.dht._contacts.table
+            assert peer.dht.contact(last.id) == last.dht.contact(last.id)
+
+
+async def test_joining_where_nobody_listens_says_so_of_every_address(autojump_clock) -> None:
+    async with town() as here:
+        one = await here.open(1)
+        with pytest.raises(PeerUnreachable) as caught:
+            await one.dht.join([Address("h9", 1), Address("h8", 1)])
+        assert caught.value.stage == "connect"
+        assert all(address in str(caught.value) for address in ("h9:1", "h8:1"))
+        with pytest.raises(PeerUnreachable, match="h9:1"):
+            await one.dht.join([Address("h9", 1)])
+        assert one.dht.grids() == set()
+
+
+async def test_one_of_several_addresses_is_enough_to_join(autojump_clock) -> None:
+    async with town() as here:
+        one, two = await here.open(1), await here.open(2, by=[])
+        assert await two.dht.join([Address("h9", 1), one.address]) == 1
+
+
+async def test_a_client_reads_but_is_known_to_nobody_and_holds_nothing(autojump_clock) -> None:
+    async with town() as here:
+        peers = await swarm(here, 3)
+        view = await peers[0].dht.claim(GRID, UID)
+        client = await here.open(9, by=peers[:1], client=True)
+        found = await owner_of(client)
+        assert found is not None
+        assert (found.peer, found.number) == (view.peer, view.number)
+        assert client.dht.contact(view.peer) == peers[0].dht.contact(view.peer)
+        assert client.dht.contact(client.id) is None
+        for peer in peers:
+            assert peer.dht.contact(client.id) is None
+        with pytest.raises(LocalProtocolError):
+            await client.dht.claim(GRID, UID)
+        assert client.dht.stats()["dht_records"] == 0
+
+
+async def test_a_peer_that_lost_everybody_finds_the_swarm_again(autojump_clock) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await here.kill(one)
+        await trio.sleep(60)
+        assert len(two.dht._contacts.table) == 0
+        one = await here.open(1, by=[], epoch=2)
+        await trio.sleep(45)
+        assert one.id in two.dht._contacts.table
+        assert two.id in one.dht._contacts.table
+
+
+async def test_a_full_bucket_keeps_its_oldest_peer_while_that_answers(autojump_clock) -> None:
+    async with town() as here:
+        peers = await swarm(here, 6)
+        await trio.sleep(1)
+        contacts = peers[0].dht._contacts
+        contacts.table = RoutingTable(peers[0].id, RoutingParams(k=1), 0.0)
+        outcomes = [contacts.table.insert(peer.id) for peer in peers[1:]]
+        shut_out = next(outcome for outcome in outcomes if isinstance(outcome, PingOldest))
+        newcomer = peers[1 + outcomes.index(shut_out)]
+        record = contacts.record(newcomer.id)
+        peers[0].pool.observers[0](PeerConnected(newcomer.id, record, outbound=True))
+        await trio.sleep(1)
+        assert shut_out.oldest in contacts.table
+        (oldest,) = [peer for peer in peers if peer.id == shut_out.oldest]
+        await here.kill(oldest)
+        await trio.sleep(1)
+        assert oldest.id not in contacts.table
+        assert newcomer.id in contacts.table
+
+
+async def test_a_peer_that_others_found_gone_is_avoided_for_a_while(autojump_clock) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(1)
+        one.dht.peer_failed(two.id)
+        assert not one.dht.usable(two.id)
+        assert two.id not in one.dht._contacts.table
+        await trio.sleep(25)
+        assert one.dht.usable(two.id)
+        assert two.id in one.dht._contacts.table
+
+
+async def test_a_node_that_is_closed_says_so_and_dials_nobody_back(autojump_clock) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(1)
+        one.scope.cancel()
+        await one.closed.wait()
+        with pytest.raises(NodeClosed):
+            await one.dht.get_leases(GRID, [UID])
+        one.dht._contacts.failed(two.id, trio.current_time())
+        assert not await one.dht._neighbours.dial_back(two.id)
+        one.pool.observers[0](PeerConnected(two.id, None, outbound=False))
+        one.pool.observers[0](PeerConnected(two.id, card(two.keys, "h2:4747"), outbound=False))
+        await one.dht._neighbours._look_up(place(1))
