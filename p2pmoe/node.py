@@ -1,0 +1,272 @@
+"""A node: the composition root. `open_node` owns the one long-lived nursery.
+
+When the block of `open_node` ends, nothing of the node is left: no task, no socket, no file held.
+Parts are begun in floor order and end in reverse. What the network learns goes up through
+`Node.events` alone; what stands above the node adds calls with `handle` and tasks with `start`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import trio
+
+from p2pmoe import telemetry
+from p2pmoe.dht.service import DhtParams, DhtService
+from p2pmoe.errors import PeerUnreachable
+from p2pmoe.identity import KeyPair, PeerId
+from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.interfaces import local_addresses
+from p2pmoe.net.pool import Handler, Pool, PoolEvent, PoolParams
+from p2pmoe.net.tcp import TcpTransport
+from p2pmoe.net.tls import Credentials
+from p2pmoe.net.transport import Transport
+from p2pmoe.state import State, open_state
+from p2pmoe.version import __version__
+from p2pmoe.wire import schema
+from p2pmoe.wire.address import DEFAULT_PORT, Address
+from p2pmoe.wire.envelope import Signed
+from p2pmoe.wire.peer_record import MAX_ADDRESSES, PeerRecord, seal_record
+from p2pmoe.wire.status import MAX_ROWS, METHOD, NodeStatus, StatusRow
+
+EVENT_QUEUE = 256  # unread events a subscriber may have; a guess. More are dropped and counted.
+ANY_HOST = {"0.0.0.0", "::"}  # noqa: S104  compared with, never bound by default
+
+Section = Callable[[], Mapping[str, Mapping[str, int | str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig:
+    """How a node runs. Times in seconds.
+
+    `peers` are addresses to join by; none begins a swarm of one. `network` names an open network:
+    it keeps nobody out. `state_dir` holds key and epoch; without it, the node has `keys`, or a new
+    identity for as long as it lives. A `client_only` node accepts no connections. A `new_swarm` has
+    granted no leases yet, so its first node need not wait for those that it may have forgotten.
+    """
+
+    peers: tuple[Address, ...] = ()
+    new_swarm: bool = False
+    network: str = "p2pmoe"
+    listen: Address = Address("0.0.0.0", DEFAULT_PORT)  # noqa: S104, RUF009  frozen; a server is reached from outside
+    announce: Address | None = None
+    client_only: bool = False
+    state_dir: Path | None = None
+    keys: KeyPair | None = None
+    join_within: float = 20.0
+    stop_within: float = 20.0
+    pool: PoolParams = field(default_factory=PoolParams)
+    wall_clock: Callable[[], float] = time.time  # seconds since 1970: the epoch, nothing else
+
+
+class Node:
+    """A running peer. Made by `open_node` alone."""
+
+    def __init__(
+        self, config: NodeConfig, state: State, network: bytes, parts: trio.Nursery
+    ) -> None:
+        self.keys = state.keys
+        self.epoch = state.epoch
+        self.network = network
+        self.address: Address | None = None
+        self.pool: Pool
+        self.dht: DhtService
+        self._config = config
+        self._start_task = parts.start
+        self._started_at = trio.current_time()
+        self._grids: tuple[str, ...] = ()
+        self._incarnation = 0
+        self._record: Signed[PeerRecord] | None = None
+        self._sections: dict[str, Section] = {}
+        self._subscribers: list[trio.MemorySendChannel[PoolEvent]] = []
+
+    @property
+    def id(self) -> PeerId:
+        """This peer's id."""
+        return self.keys.peer_id
+
+    @property
+    def record(self) -> Signed[PeerRecord] | None:
+        """The node's own signed record; `None` as long as nobody can dial it."""
+        return self._record
+
+    def handle(self, method: str, handler: Handler) -> None:
+        """Answer calls of `method` from now on."""
+        self.pool.handlers[method] = handler
+
+    async def start(self, run: Callable[..., Awaitable[object]]) -> None:
+        """Begin a long-lived part; it is cancelled when the node closes."""
+        await self._start_task(run)
+
+    def describe(self, name: str, section: Section) -> None:
+        """Add a section to what `node.status` answers."""
+        self._sections[name] = section
+
+    def serve_grids(self, names: tuple[str, ...]) -> None:
+        """Say in the node's record which grids it serves; signs it again."""
+        self._grids = names
+        self._sign_record()
+
+    @contextmanager
+    def events(self) -> Iterator[trio.MemoryReceiveChannel[PoolEvent]]:
+        """What the network learns of peers, from now until the block ends."""
+        send, receive = trio.open_memory_channel[PoolEvent](EVENT_QUEUE)
+        self._subscribers.append(send)
+        try:
+            with send, receive:
+                yield receive
+        finally:
+            self._subscribers.remove(send)
+
+    def figures(self) -> dict[str, int]:
+        """Counters of this process and of this node's connections."""
+        figures = {name: int(value) for name, value in telemetry.counters().items()}
+        return figures | self.pool.stats() | self.dht.stats()
+
+    def sections(self) -> dict[str, tuple[StatusRow, ...]]:
+        """What each part says of itself, cut to what one answer carries."""
+        room, sections = MAX_ROWS, {}
+        for name, section in self._sections.items():
+            rows = [StatusRow(name=key, values=dict(row)) for key, row in section().items()][:room]
+            room -= len(rows)
+            sections[name] = tuple(rows)
+        return sections
+
+    async def _answer_status(self, call: IncomingCall) -> None:
+        status = NodeStatus(
+            peer=self.id.raw,
+            version=__version__,
+            uptime_ms=int((trio.current_time() - self._started_at) * 1000),
+            figures=self.figures(),
+            sections=self.sections(),
+        )
+        await call.send(schema.encode(status))
+
+    def _open_pool(self, transport: Transport, rng: random.Random, *, amnesia: bool) -> None:
+        self.pool = Pool(transport, self._greeting, self.network, self._config.pool, rng)
+        self.pool.observers.append(self._observe)
+        self.handle(METHOD, self._answer_status)
+        self.dht = DhtService(
+            self.pool,
+            self.keys,
+            self.network,
+            lambda: self._record,
+            DhtParams(amnesia=amnesia),
+            rng,
+        )
+
+    def _listening(self, bound: Address) -> None:
+        self.address = bound
+        self._sign_record()
+
+    def _sign_record(self) -> None:
+        if self.address is None:
+            return
+        self._incarnation += 1
+        self._record = seal_record(
+            self.keys,
+            PeerRecord(
+                epoch=self.epoch,
+                incarnation=self._incarnation,
+                addresses=tuple(str(address) for address in self.announced()),
+                grids=self._grids,
+            ),
+            self.network,
+        )
+
+    def announced(self) -> list[Address]:
+        """The addresses that others are told to dial."""
+        if self.address is None:
+            return []
+        if self._config.announce is not None:
+            return [self._config.announce]
+        if self.address.host not in ANY_HOST:
+            return [self.address]
+        return [replace(self.address, host=host) for host in local_addresses()][:MAX_ADDRESSES]
+
+    def _greeting(self) -> bytes | None:
+        return self._record.raw if self._record is not None else None
+
+    def _observe(self, event: PoolEvent) -> None:
+        for subscriber in self._subscribers:
+            try:
+                subscriber.send_nowait(event)
+            except trio.WouldBlock:
+                telemetry.count("p2pmoe_node_events_lost_total")
+
+    async def _join(self) -> None:
+        if not self._config.peers:
+            return
+        within = self._config.join_within
+        with trio.move_on_after(within):
+            await self.dht.join(self._config.peers)
+            return
+        asked = ", ".join(str(address) for address in self._config.peers)
+        raise PeerUnreachable(f"{asked}: no peer answered within {within:g} s", stage="hello")
+
+
+@asynccontextmanager
+async def open_node(
+    config: NodeConfig, *, transport: Transport | None = None, rng: random.Random | None = None
+) -> AsyncIterator[Node]:
+    """Run a node until the block ends; then say goodbye within `config.stop_within` seconds.
+
+    Raises `StateError`, `KeyFileError`, `AddressInUse`, or `PeerUnreachable` when peers are named
+    and none of them answers. A test passes its own `transport` and `rng`.
+    """
+    with _state_of(config) as state:
+        credentials = Credentials.for_open_network(state.keys, config.network)
+        wire = transport or TcpTransport(state.keys, credentials)
+        dice = rng or random.Random()  # noqa: S311  spreads load, keeps no secret
+        try:
+            async with trio.open_nursery() as parts:
+                node = Node(config, state, credentials.network, parts)
+                amnesia = state.ran_before and not config.new_swarm
+                node._open_pool(wire, dice, amnesia=amnesia)
+                await _begin(node, config, wire, parts)
+                try:
+                    yield node
+                finally:
+                    await _end(node, config.stop_within)
+                    parts.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _sole(group) from None
+
+
+async def _begin(node: Node, config: NodeConfig, wire: Transport, parts: trio.Nursery) -> None:
+    """Start the parts in floor order, then join."""
+    await parts.start(node.pool.run)
+    if not config.client_only:
+        node._listening(await parts.start(wire.serve, config.listen, node.pool.accepted))
+    await parts.start(node.dht.run)
+    await node._join()
+
+
+async def _end(node: Node, within: float) -> None:
+    """Finish the calls in flight and say goodbye, for `within` seconds at most."""
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + within):
+        await node.pool.drain()
+
+
+@contextmanager
+def _state_of(config: NodeConfig) -> Iterator[State]:
+    """The state folder's content, or a state that lives as long as the node."""
+    now_ms = int(config.wall_clock() * 1000)
+    if config.state_dir is None:
+        yield State(config.keys or KeyPair.generate(), now_ms, ran_before=False)
+    else:
+        with open_state(config.state_dir, now_ms) as state:
+            yield state
+
+
+def _sole(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error inside nested groups, so that callers catch it by its type; else the group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
