@@ -1,0 +1,73 @@
+"""Tensors to and from the wire, without a copy where the memory allows it.
+
+A received tensor is a view of the payload that it came in, and a tensor is sent from its own
+memory: neither may be written to while it is on its way. Only CPU memory is sent or received.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from p2pmoe.errors import ConfigurationError, SchemaMismatch
+from p2pmoe.wire.tensor import DTYPES, TensorDescriptor
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("tensors travel little-endian, and so must this machine")
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name, such as `cpu` or `cuda:1`, once a tensor was made on it.
+
+    Raises `ConfigurationError` when this machine, or this build of torch, does not have it.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigurationError(f"device {name!r}: {reason}") from error
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How a dtype is called on the wire; `SchemaMismatch` when it does not travel."""
+    if dtype not in _NAMES:
+        raise SchemaMismatch(f"tensors of {dtype} do not travel: use one of {', '.join(DTYPES)}")
+    return _NAMES[dtype]
+
+
+def describe(tensor: torch.Tensor) -> TensorDescriptor:
+    """What the wire says of a tensor; `SchemaMismatch` for a dtype that does not travel."""
+    return TensorDescriptor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+
+
+def from_wire(descriptor: TensorDescriptor, payload: memoryview) -> torch.Tensor:
+    """A tensor over a part of a received payload, which `wire.tensor.split` has measured."""
+    dtype = TORCH_DTYPES[descriptor.dtype]
+    if not payload.nbytes:
+        return torch.empty(descriptor.shape, dtype=dtype)
+    if payload.readonly:  # torch has no read-only tensors
+        payload = memoryview(bytearray(payload))
+    return torch.frombuffer(payload, dtype=dtype).view(descriptor.shape)
+
+
+def to_wire(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor: its own memory where it is contiguous and on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    if flat.dtype is torch.bfloat16:  # numpy does not know it
+        flat = flat.view(torch.int16)
+    return flat.numpy().data.cast("B")
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    # A NaN or an infinity makes the sum one too; only a sum that overflowed needs a closer look.
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

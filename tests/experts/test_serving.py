@@ -1,0 +1,185 @@
+"""Whole nodes that serve experts, on a network in memory and under its clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from p2pmoe.errors import ConfigurationError, ExpertUnavailable
+from p2pmoe.experts.compute import ComputeParams
+from p2pmoe.experts.service import ServeParams
+from p2pmoe.experts.serving import Server, ServerConfig, serve_experts
+from p2pmoe.experts.uid import ExpertUid, Grid
+from p2pmoe.identity import KeyPair
+from p2pmoe.node import Node, NodeConfig, open_node
+from p2pmoe.testing.memory import MemoryNetwork
+from p2pmoe.wire.address import Address
+
+GRID = Grid("ffn", (2, 2))
+PARAMS = ServeParams(compute=ComputeParams(threaded=False))
+FIRST = ServerConfig(create=True, grids=(GRID,), experts=2, hidden_dim=4, params=PARAMS)
+JOINER = ServerConfig(experts=2, params=PARAMS)
+
+
+class World:
+    """A network; its hosts are named by the number of their key."""
+
+    def __init__(self) -> None:
+        self.dice = random.Random(1)
+        self.network = MemoryNetwork(self.dice)
+
+    @asynccontextmanager
+    async def node(self, number: int, *peers: Node) -> AsyncIterator[Node]:
+        """A node of its own host, which joins by these."""
+        keys = KeyPair.from_seed(bytes([number]) * 32)
+        config = NodeConfig(
+            peers=tuple(peer.address for peer in peers if peer.address),
+            new_swarm=not peers,
+            listen=Address(f"host{number}", 4747),
+            keys=keys,
+            wall_clock=lambda: 1.0e9,
+        )
+        transport = self.network.transport(keys, f"host{number}")
+        async with open_node(config, transport=transport, rng=self.dice) as node:
+            yield node
+
+    @asynccontextmanager
+    async def server(
+        self, number: int, config: ServerConfig, *peers: Node
+    ) -> AsyncIterator[tuple[Node, Server]]:
+        async with self.node(number, *peers) as node, serve_experts(node, config, self.dice) as it:
+            yield node, it
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def refusal(world: World, config: ServerConfig, *peers: Node) -> str:
+    """What a server that joins with this configuration is told."""
+    with pytest.raises(ConfigurationError) as refused:
+        async with world.server(9, config, *peers):
+            raise AssertionError("it serves")
+    return str(refused.value)
+
+
+async def test_who_begins_creates_the_grid_and_who_joins_takes_the_cells_left(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.server(1, FIRST) as (first_node, first):
+        assert len(first.uids) == 2
+        async with world.server(2, JOINER, first_node) as (_, second):
+            assert second.grids == (GRID,)
+            assert sorted(first.uids + second.uids) == [str(uid) for uid in GRID.uids()]
+            async with world.server(3, JOINER, first_node) as (_, third):
+                assert third.uids == ()
+
+
+async def test_cells_are_free_again_as_soon_as_their_server_has_left(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.server(1, FIRST) as (node, _):
+        async with world.server(2, JOINER, node) as (_, second):
+            had = second.uids
+        async with world.server(3, JOINER, node) as (_, third):
+            assert third.uids == had
+
+
+async def test_a_server_may_name_its_cells(autojump_clock: MockClock, world: World) -> None:
+    only = (ExpertUid.parse("ffn.1.0"),)
+    async with world.server(1, replace(FIRST, experts=0)) as (node, first):
+        assert first.uids == ()
+        async with world.server(2, replace(JOINER, experts=0, only=only), node) as (_, second):
+            assert second.uids == ("ffn.1.0",)
+
+
+async def test_a_swarm_may_have_two_grids(autojump_clock: MockClock, world: World) -> None:
+    both = (Grid("high", (2,)), Grid("low", (2,)))
+    async with world.server(1, replace(FIRST, grids=both, experts=1)) as (node, first):
+        assert len(first.uids) == 2
+        async with world.server(2, replace(JOINER, experts=1), node) as (_, second):
+            assert second.grids == both
+            assert sorted(first.uids + second.uids) == ["high.0", "high.1", "low.0", "low.1"]
+
+
+async def test_a_node_says_in_its_record_and_status_what_it_serves(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.server(1, FIRST) as (node, server):
+        assert node.record is not None
+        assert node.record.body.grids == ("ffn",)
+        assert tuple(row.name for row in node.sections()["experts"]) == server.uids
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"grids": (Grid("ffn", (4, 4)),)}, "grid ffn.[0:2].[0:2] has cells (2, 2), not (4, 4)"),
+        ({"expert_class": "transformer"}, "has expert_class ffn, not transformer"),
+        ({"hidden_dim": 8}, "has hidden_dim 4, not 8"),
+        ({"dtype": "float64"}, "has dtype float32, not float64"),
+        ({"only": (ExpertUid.parse("ffn.5.5"),)}, "ffn.5.5 is not a cell"),
+    ],
+)
+async def test_an_option_that_contradicts_the_manifest_is_refused(
+    autojump_clock: MockClock, world: World, change: dict[str, object], said: str
+) -> None:
+    async with world.server(1, FIRST) as (node, _):
+        assert said in await refusal(world, replace(JOINER, **change), node)
+
+
+async def test_an_option_that_agrees_with_the_manifest_is_fine(
+    autojump_clock: MockClock, world: World
+) -> None:
+    agreed = replace(JOINER, grids=(GRID,), expert_class="ffn", hidden_dim=4, dtype="float32")
+    async with world.server(1, FIRST) as (node, _), world.server(2, agreed, node) as (_, second):
+        assert len(second.uids) == 2
+
+
+async def test_a_new_grid_needs_its_width(autojump_clock: MockClock, world: World) -> None:
+    assert "hidden-dim" in await refusal(world, replace(FIRST, hidden_dim=None))
+
+
+async def test_a_grid_that_nobody_serves_is_not_waited_for_for_ever(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.node(1) as node:
+        began = trio.current_time()
+        with pytest.raises(ExpertUnavailable, match="no grid any"):
+            async with world.server(2, JOINER, node):
+                raise AssertionError("it serves")
+        assert trio.current_time() - began < 15.0
+
+
+async def test_a_server_may_come_before_the_grid_that_it_waits_for(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.node(1) as node, trio.open_nursery() as servers:
+        found: list[str] = []
+
+        async def join() -> None:
+            async with world.server(2, replace(JOINER, grids=(GRID,)), node) as (_, second):
+                found.extend(second.uids)
+
+        servers.start_soon(join)
+        await trio.sleep(3.0)
+        async with serve_experts(node, FIRST, world.dice):
+            while not found:
+                await trio.sleep(0.5)
+    assert len(found) == 2
+
+
+async def test_without_grid_and_experts_there_is_nothing_to_serve(
+    autojump_clock: MockClock, world: World
+) -> None:
+    nothing = ServerConfig(params=PARAMS)
+    async with world.node(1) as node, world.server(2, nothing, node) as (_, server):
+        assert server.uids == ()
+        assert server.grids == ()
