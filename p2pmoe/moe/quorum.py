@@ -1,0 +1,95 @@
+"""`Quorum`: how long a batch waits for its experts; `Waits`: how long batches did.
+
+A row is served when `k_min` of its parts are answered. When every row is served, or can no longer
+be, the rest has `grace` to arrive; rows that are not served when `patience` is over stay so.
+Rules: a part is answered or failed once; time is a number that the caller passes in.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WAITS_KEPT = 64  # batches that the median is taken over; a guess
+WAITS_NEEDED = 8  # batches before there is a median; a guess: the first ones also open connections
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumParams:
+    """When to stop waiting. Seconds, counted from the batch's start, but for `grace`."""
+
+    k_min: int
+    grace: float
+    patience: float
+    timeout: float
+
+
+class Quorum:
+    """Which parts of a batch have come, and until when it is worth waiting for the others."""
+
+    def __init__(
+        self, rows_of: Mapping[int, NDArray[np.int64]], rows: int, params: QuorumParams, now: float
+    ) -> None:
+        self._rows_of = rows_of
+        self._params = params
+        self._started = now
+        self._answers = np.zeros(rows, dtype=np.int64)
+        self._awaited = np.zeros(rows, dtype=np.int64)
+        for part in rows_of.values():
+            self._awaited[part] += 1
+        self._settled_at = now if self._settled else math.inf
+        self._last_answer = -math.inf
+
+    @property
+    def _settled(self) -> bool:
+        return bool(np.all((self._answers >= self._params.k_min) | (self._awaited == 0)))
+
+    @property
+    def served(self) -> NDArray[np.bool_]:
+        """Which rows have their `k_min` answers."""
+        return self._answers >= self._params.k_min
+
+    def answered(self, part: int, now: float) -> None:
+        """An answer came that can be used."""
+        self._answers[self._rows_of[part]] += 1
+        self._last_answer = now if self._settled_at == math.inf else self._last_answer
+        self.failed(part, now)
+
+    def failed(self, part: int, now: float) -> None:
+        """No answer will come for this part."""
+        self._awaited[self._rows_of[part]] -= 1
+        if self._settled_at == math.inf and self._settled:
+            self._settled_at = now
+
+    def next_deadline(self) -> float:
+        """When to stop waiting for what has not come."""
+        latest = self._started + self._params.timeout
+        if self._settled_at == math.inf:
+            return min(latest, self._started + self._params.patience)
+        return min(latest, self._settled_at + self._params.grace)
+
+    def waited(self, now: float) -> float:
+        """Seconds until the last answer that a row needed; until `now` if none came."""
+        return (now if self._last_answer == -math.inf else self._last_answer) - self._started
+
+
+class Waits:
+    """The waits of the latest batches."""
+
+    def __init__(self) -> None:
+        self._kept: deque[float] = deque(maxlen=WAITS_KEPT)
+
+    def add(self, seconds: float) -> None:
+        """One more batch is done."""
+        self._kept.append(seconds)
+
+    @property
+    def median(self) -> float:
+        """The median wait in seconds; infinite before there are enough of them."""
+        return statistics.median(self._kept) if len(self._kept) >= WAITS_NEEDED else math.inf
