@@ -1,0 +1,177 @@
+"""The process of `p2pmoe node`: a node, its experts, the banner, a line of status now and then."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from p2pmoe import telemetry
+from p2pmoe.cli.settings import NETWORK, state_folder
+from p2pmoe.cli.signals import dump_tasks, obey_signals
+from p2pmoe.node import Node, NodeConfig, open_node
+from p2pmoe.version import __version__
+from p2pmoe.wire.address import DEFAULT_PORT, Address
+
+if TYPE_CHECKING:
+    from p2pmoe.experts.serving import Server, ServerConfig
+
+STATUS_EVERY = 30.0  # seconds between two lines of status
+SWITCH_INTERVAL = 0.001  # seconds; with Python's 5 ms a busy compute thread holds up the network
+ID_DIGITS = 32  # hex digits that make an id safe to pass on: 128 bits
+ANY_HOST = "0.0.0.0"  # noqa: S104  a server is reached from outside
+ALONE = "without --peer and --new-swarm, a server that ran before claims no cell for 30 s"
+TOTALS = ("calls", "rows", "updates", "failed")  # of all experts, in the line of status
+
+
+def run_node(options: dict[str, Any]) -> None:
+    """Run a node with the options of the verb until it is told to stop."""
+    telemetry.configure(options["log_level"], options["log_format"])
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    trio.run(_live, options)
+
+
+async def _live(options: dict[str, Any]) -> None:
+    serves = options["grids"] or options["experts"] or options["uids"]
+    wanted = server_config_of(options) if serves else None
+    if wanted and wanted.create and not options["new_swarm"]:
+        telemetry.emit("node.alone", level="warning", advice=ALONE)
+    async with (
+        obey_signals() as stop,
+        open_node(config_of(options)) as node,
+        _open_server(node, wanted) as server,
+        trio.open_nursery() as reporters,
+    ):
+        stop.dump = lambda: dump(node)
+        show_banner(node, server, options)
+        reporters.start_soon(_report, node, server)
+        await stop.wait(options["seconds"])
+        reporters.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _open_server(node: Node, wanted: ServerConfig | None) -> AsyncIterator[Server | None]:
+    """The node's experts; a node without any does without torch."""
+    if wanted is None:
+        yield None
+        return
+    from p2pmoe.experts.serving import serve_experts
+
+    async with serve_experts(node, wanted) as server:
+        yield server
+
+
+# ------------------------------------------------------------------ what the options mean
+def config_of(options: dict[str, Any]) -> NodeConfig:
+    """The options as the node takes them; `ConfigurationError` for an address that is none."""
+    peers = (*options["peers"], *options["initial_peers"])
+    announce = options["announce"]
+    return NodeConfig(
+        peers=tuple(Address.parse(peer, default_port=DEFAULT_PORT) for peer in peers),
+        new_swarm=options["new_swarm"],
+        network=options["network"],
+        listen=listening_address(options["listen"]),
+        announce=Address.parse(announce, default_port=DEFAULT_PORT) if announce else None,
+        client_only=options["client_only"],
+        state_dir=options["state_dir"] or state_folder(),
+        stop_within=options["stop_within"],
+    )
+
+
+def listening_address(text: str) -> Address:
+    """`PORT`, `:PORT`, `HOST` or `HOST:PORT`; without a host, all addresses of this machine."""
+    port = text.removeprefix(":")
+    return Address.parse(
+        f"{ANY_HOST}:{port}" if port.isdigit() else text, default_port=DEFAULT_PORT
+    )
+
+
+def server_config_of(options: dict[str, Any]) -> ServerConfig:
+    """The options as a server takes them; `ConfigurationError` for what makes no sense."""
+    import torch
+
+    from p2pmoe.experts.backend import TrainParams
+    from p2pmoe.experts.batching import BatchingParams
+    from p2pmoe.experts.compute import ComputeParams
+    from p2pmoe.experts.service import ServeParams
+    from p2pmoe.experts.serving import ServerConfig
+    from p2pmoe.experts.uid import ExpertUid, Grid
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    train = TrainParams(
+        optimizer=options["optimizer"],
+        lr=options["lr"],
+        warmup=options["warmup_steps"],
+        clip_grad_norm=options["clip_grad_norm"] or None,
+    )
+    batching = BatchingParams(max_batch=options["max_batch"])
+    return ServerConfig(
+        create=not (options["peers"] or options["initial_peers"]),
+        grids=tuple(map(Grid.parse, options["grids"])),
+        experts=options["experts"] or 0,
+        only=tuple(map(ExpertUid.parse, options["uids"])),
+        expert_class=options["expert_class"],
+        hidden_dim=options["hidden_dim"],
+        dtype=options["dtype"],
+        params=ServeParams(
+            device=options["device"], compute=ComputeParams(batching=batching), train=train.check()
+        ),
+    )
+
+
+# ------------------------------------------------------------------ what is said
+def show_banner(node: Node, server: Server | None, options: dict[str, Any]) -> None:
+    """Who this is, what it serves, and how others join, on stdout."""
+    address = next(iter(node.announced()), None)
+    uids = server.uids if server else ()
+    if options["log_format"] == "json":
+        ready = {
+            "event": "ready",
+            "version": __version__,
+            "address": str(address) if address else None,
+            "peer": node.id.hex,
+            "grids": [str(grid) for grid in server.grids] if server else [],
+            "experts": uids,
+        }
+        print(json.dumps(ready), flush=True)
+        return
+    print(f"p2pmoe {__version__}  peer {node.id.short}  {_served(server, options)}")
+    if address:
+        share = f" --experts {options['experts']}" if options["experts"] else ""
+        network = f" --network {options['network']}" if options["network"] != NETWORK else ""
+        place = f"{address}/{node.id.hex[:ID_DIGITS]}"
+        print(f"join with   p2pmoe node --peer {place}{share}{network}")
+    print("stop with Ctrl-C (once: finish calls, say goodbye; twice: now)", flush=True)
+
+
+def _served(server: Server | None, options: dict[str, Any]) -> str:
+    if server is None:
+        return "no experts"
+    held, grids = len(server.uids), ", ".join(map(str, server.grids))
+    asked = (options["experts"] or 0) * len(server.grids) or len(options["uids"])
+    share = f"{held}" if held >= asked else f"{held} of {asked}"
+    return f"{options['device']}  {share} experts of {grids}"
+
+
+async def _report(node: Node, server: Server | None) -> None:
+    """A line of status now and then."""
+    while True:
+        await trio.sleep(STATUS_EVERY)
+        rows = list(server.service.section().values()) if server else []
+        totals = {name: sum(int(row[name]) for row in rows) for name in TOTALS}
+        peers = node.figures()["p2pmoe_peers_connected"]
+        telemetry.emit("node.status", level="info", peers=peers, experts=len(rows), **totals)
+
+
+def dump(node: Node) -> None:
+    """Tasks, connections and queues, to the log."""
+    dump_tasks()
+    telemetry.emit("node.figures", level="info", **node.figures())
+    for name, rows in node.sections().items():
+        for row in rows:
+            telemetry.emit(f"node.{name}", level="info", name=row.name, **row.values)
