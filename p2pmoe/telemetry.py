@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections import Counter
 from typing import Any, Literal, TextIO
 
@@ -29,6 +30,11 @@ _LEVELS: dict[Level, int] = {
 _own_log: Any = None  # made by `configure`
 _counters: Counter[str] = Counter()
 
+LINES_EACH = 10  # a second that one peer or address can cause; a guess
+LINES_IN_ALL = 100  # a second that all of them can; a guess. It bounds the table, too.
+_second = 0  # of the monotonic clock, that `_lines` is about
+_lines: Counter[str] = Counter()  # by whom they are blamed on
+
 
 def _safe(value: object) -> object:
     """A field as it may be printed: text from peers is escaped and cut."""
@@ -44,6 +50,30 @@ def emit(event: str, /, *, level: Level = "debug", **fields: object) -> None:
     log = _log_for(_LEVELS[level])
     if log is not None:
         getattr(log, level)(event, **{key: _safe(value) for key, value in fields.items()})
+
+
+def complain(of: str, event: str, /, *, level: Level = "info", **fields: object) -> None:
+    """Say that something happened which others can make happen as often as they like.
+
+    `of` is the peer or address at fault: 10 lines a second of each are written, 100 of all, and
+    those left out are counted.
+    """
+    if _too_many(of):
+        count("p2pmoe_log_lines_dropped_total", event=event)
+    else:
+        emit(event, level=level, **fields)
+
+
+def _too_many(blame: str) -> bool:
+    """Whether a line would be one too many of this second."""
+    global _second  # one process has one log
+    if (now := int(time.monotonic())) != _second:
+        _second = now
+        _lines.clear()
+    if _lines[blame] >= LINES_EACH or _lines.total() >= LINES_IN_ALL:
+        return True
+    _lines[blame] += 1
+    return False
 
 
 def _log_for(level: int) -> Any | None:

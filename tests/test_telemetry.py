@@ -127,3 +127,34 @@ def test_no_setting_of_the_process_is_touched():
     printed_by("json")
     telemetry.emit("anything", level="error")
     assert (list(root.handlers), root.level, structlog.get_config()) == before
+
+
+# ------------------------------------------------------------------ what others can make us say
+@pytest.fixture
+def second(monkeypatch):
+    """The clock that complaints are counted by; it stands still."""
+    now = [1000.0]
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(telemetry, "_lines", type(telemetry._lines)())
+    return now
+
+
+def test_each_peer_can_cause_ten_lines_a_second_and_the_rest_is_counted(second):
+    stream = printed_by("json")
+    for _ in range(1000):
+        telemetry.complain("8.8.8.8", "net.handshake.refused", why="bad")
+    telemetry.complain("8.8.8.9", "net.handshake.refused", why="bad")
+    assert len(stream.getvalue().splitlines()) == telemetry.LINES_EACH + 1
+    dropped = 'p2pmoe_log_lines_dropped_total{event="net.handshake.refused"}'
+    assert telemetry.counters()[dropped] == 990
+    second[0] += 1.0
+    telemetry.complain("8.8.8.8", "net.handshake.refused", why="bad")
+    assert len(stream.getvalue().splitlines()) == telemetry.LINES_EACH + 2
+
+
+def test_all_of_them_together_can_cause_a_hundred_lines_a_second(second):
+    stream = printed_by("json")
+    for number in range(1000):
+        telemetry.complain(str(number), "net.handshake.refused")
+    assert len(stream.getvalue().splitlines()) == telemetry.LINES_IN_ALL
+    assert len(telemetry._lines) <= telemetry.LINES_IN_ALL

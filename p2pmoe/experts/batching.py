@@ -1,9 +1,9 @@
 """Which waiting requests run together on a device. A core: `now` comes in, decisions go out.
 
 A batch holds requests of one expert, of one kind and of one shape, never more rows than the
-maximum. The oldest request of all is always in the next batch; the rest of that batch is filled by
-the clients in turn, one request each, so that a busy client does not crowd out the others. Requests
-that were cancelled, or whose deadline has passed, are never in a batch.
+maximum. The oldest request of all whose expert is free is always in the next batch; the rest of
+that batch is filled by the clients in turn, one request each, so that a busy client does not crowd
+out the others. Requests that were cancelled, or whose deadline has passed, are never in a batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
@@ -117,11 +117,15 @@ class Batching(Generic[Request]):
         """When `tick` has something to drop, unless that request is gone by then."""
         return self._deadlines[0][0] if self._deadlines else math.inf
 
-    def next_batch(self) -> list[Request]:
-        """What to run now, removed from the queue; empty when nothing waits. `tick` comes first."""
-        if not self._waiting:
+    def next_batch(self, running: Container[str] = ()) -> list[Request]:
+        """What to run now, removed from the queue; empty when nothing can. `tick` comes first.
+
+        Experts in `running` are left out.
+        """
+        fit = (request for request in self._waiting.values() if request.uid not in running)
+        oldest = next(fit, None)
+        if oldest is None:
             return []
-        oldest = next(iter(self._waiting.values()))
         batch, room = [oldest], self.params.max_batch - oldest.rows
         self._take(oldest)
         turns = list(self._groups.get(oldest.group, ()))

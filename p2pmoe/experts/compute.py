@@ -4,10 +4,14 @@ The thread chooses its next batch itself, at the moment when it is free, so that
 late as they can; a lock guards the queue, which Trio's thread fills. Measured here, that takes
 45 us there and back, `trio.to_thread.run_sync` once a batch 75 us.
 
-A batch that runs too long cannot be stopped. Its expert is taken out, its callers are told, and
-one spare thread goes on with the queue; the expert comes back some time after its batch has ended.
-Without a thread (`threaded=False`) batches run between the events of Trio's own loop, which is
-what tests under a virtual clock need.
+A batch that runs cannot be stopped. When all its callers have left, one spare thread goes on with
+the queue at once, and requests for its expert wait until the batch has ended. A batch that runs too
+long takes its expert out: its callers are told, the spare thread goes on, and the expert comes back
+some time after its batch has ended. There is never more than one spare thread, and never a second
+batch of an expert beside the first.
+
+Without a thread (`threaded=False`) batches run between the events of Trio's own loop, which is what
+tests under a virtual clock need.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import trio
 from p2pmoe import telemetry
 from p2pmoe.errors import P2PMoEError, PeerBusy, RemoteError
 from p2pmoe.experts.batching import Batching, BatchingParams, Waiting
+from p2pmoe.experts.busy import BusyShare
 
 STOP_LIMIT = 5.0  # seconds a thread has to finish its batch when the node closes; a guess
 PENALTY = 10.0  # an expert stays out for so many times what its batch took; a guess
@@ -42,13 +47,19 @@ class ComputeParams:
 
 
 class _Worker(Generic[Job]):
-    """One thread: the batch that it runs, and whether another has taken its place."""
+    """One thread: the batch that it runs, for whom, and whether another has taken its place."""
 
     def __init__(self) -> None:
         self.batch: list[Job] = []
-        self.started = math.inf
-        self.replaced = False
+        self.awaited: set[int] = set()  # numbers in the batch that were not cancelled
+        self.started = math.inf  # when the batch was begun
+        self.late = self.replaced = False
         self.stop = trio.CancelScope(shield=True)  # its deadline is set when the node closes
+
+    @property
+    def deserted(self) -> bool:
+        """Whether it works for nobody."""
+        return bool(self.batch) and not self.awaited
 
 
 class Compute(Generic[Job, Answer]):
@@ -68,11 +79,18 @@ class Compute(Generic[Job, Answer]):
         self._out: dict[str, float] = {}  # experts taken out, until when
         self._finished: deque[tuple[Job, Answer | P2PMoEError]] = deque()
         self._now: Callable[[], float] = trio.current_time
+        self._busy = BusyShare(trio.current_time())
         self._wake = trio.Event()  # used without threads
+        self._look = trio.Event()  # used with threads: one may need another in its place
 
     def __len__(self) -> int:
         """Requests that wait."""
         return len(self._queue)
+
+    def load(self) -> tuple[int, int]:
+        """Thousandths of its time that it computes, and how many more requests it would take."""
+        free = self._params.batching.max_waiting - len(self._queue)
+        return round(1000 * self._busy.share(trio.current_time())), max(0, free)
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue requests; those for which there is no room are delivered as `PeerBusy`."""
@@ -88,8 +106,15 @@ class Compute(Generic[Job, Answer]):
 
     def cancel(self, numbers: Iterable[int]) -> int:
         """Take requests back; returns how many of them had not been begun."""
+        taken_back = 0
         with self._changed:
-            return sum(self._queue.cancel(number) for number in numbers)
+            for number in numbers:
+                taken_back += self._queue.cancel(number)
+                for worker in self._workers:
+                    worker.awaited.discard(number)
+            if any(worker.deserted for worker in self._workers):
+                self._look.set()
+        return taken_back
 
     def refuse(self, uid: str, error: P2PMoEError) -> None:
         """Answer all that waits for one expert with an error."""
@@ -154,23 +179,28 @@ class Compute(Generic[Job, Answer]):
                 self._work, worker, token, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
             )
         self._workers.remove(worker)
+        self._look.set()
 
     async def _watch(self, threads: trio.Nursery) -> None:
-        """Look for a batch that runs too long; put a spare thread in its thread's place."""
+        """Take out what runs too long; put the spare thread in the place of one that is lost."""
         while True:
-            await trio.sleep(self._params.batch_limit / 4)
-            worker = self._workers[-1]
+            with trio.move_on_after(self._params.batch_limit / 4):
+                await self._look.wait()
+            self._look = trio.Event()
             with self._changed:
-                late = self._now() - worker.started > self._params.batch_limit
-                if not late or len(self._workers) > 1:
-                    continue
-                self._take_out(worker)
-            self._start_worker(threads)
+                oldest = self._workers[0]
+                if self._now() - oldest.started > self._params.batch_limit:
+                    self._take_out(oldest)
+                lost = len(self._workers) == 1 and (oldest.late or oldest.deserted)
+                oldest.replaced |= lost
+            if lost:
+                self._start_worker(threads)
             self._hand_back()
 
     def _take_out(self, worker: _Worker[Job]) -> None:
+        """Answer the callers of a batch that runs too long, and those that wait for its expert."""
         uid = worker.batch[0].uid
-        worker.replaced = True
+        worker.late, worker.started = True, math.inf
         self._out[uid] = math.inf
         error = PeerBusy(f"{uid} is taken out: a batch of it takes too long")
         self._finished.extend((job, error) for job in worker.batch)
@@ -191,13 +221,16 @@ class Compute(Generic[Job, Answer]):
                     self._changed.wait()
                 if self._closing:
                     return
-                worker.batch, worker.started = batch, self._now()
+                worker.batch, worker.awaited = batch, {job.number for job in batch}
+                worker.started = begun = self._now()
             answers = self._answers(batch)
             with self._changed:
-                took = self._now() - worker.started
-                worker.started = math.inf
+                worker.batch, worker.started = [], math.inf
+                if worker.late:
+                    now = self._now()
+                    self._out[batch[0].uid] = now + PENALTY * (now - begun)
                 if worker.replaced:
-                    self._out[batch[0].uid] = self._now() + PENALTY * took
+                    self._changed.notify()  # the spare thread may run this expert now
                     return
                 self._finished.extend(zip(batch, answers, strict=True))
             try:
@@ -208,12 +241,17 @@ class Compute(Generic[Job, Answer]):
     def _next(self) -> list[Job]:
         """The next batch. Those past their deadline go without an answer: nobody waits for it."""
         self._queue.tick(self._now())
-        return self._queue.next_batch()
+        return self._queue.next_batch(
+            {worker.batch[0].uid for worker in self._workers if worker.replaced and worker.batch}
+        )
 
     def _answers(self, batch: list[Job]) -> Sequence[Any]:
+        begun = self._now()
         try:
-            return self._execute(batch, self._now())
+            return self._execute(batch, begun)
         except Exception as error:  # noqa: BLE001  a device's own errors must not end its thread
             failed = RemoteError(f"{type(error).__name__}: {error}")
             failed.__cause__ = error
             return [failed] * len(batch)
+        finally:
+            self._busy.worked(begun, self._now())

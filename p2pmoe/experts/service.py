@@ -118,6 +118,10 @@ class ExpertService:
         self._compute.refuse(uid, LeaseLost(f"{uid} is served elsewhere now"))
         self.experts.pop(uid, None)
 
+    def load(self) -> tuple[int, int]:
+        """How busy the device is in thousandths, and how many more requests it would take."""
+        return self._compute.load()
+
     def section(self) -> Mapping[str, Mapping[str, int | str]]:
         """The figures of each expert, for the node's status."""
         return {uid: self._row(expert) for uid, expert in sorted(self.experts.items())}

@@ -88,6 +88,7 @@ async def serve_experts(
     service = ExpertService(node.pool.handlers, node.dht, config.params)
     await node.start(service.run)
     node.describe("experts", service.section)
+    node.load = service.load
     dice = rng or random.Random()  # noqa: S311  spreads claims, keeps no secret
     tenancies = tuple(Tenancy(node.dht, service, offer, node.id, dice) for offer in offers)
     async with trio.open_nursery() as keepers:

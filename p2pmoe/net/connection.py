@@ -21,6 +21,7 @@ from p2pmoe import telemetry
 from p2pmoe.errors import (
     CallTimeout,
     ConnectionLost,
+    MalformedMessage,
     NotAllowed,
     P2PMoEError,
     RemoteError,
@@ -49,9 +50,6 @@ from p2pmoe.wire.framing import BULK_LIMITS, CONTROL_LIMITS
 from p2pmoe.wire.peer_record import PeerRecord
 
 SEND_BYTES = 512 * 1024  # of frames joined into one send; two chunks
-GOODBYE_LIMIT = 0.2  # seconds for the last words of a connection that is cut; a guess
-CLOSING_LIMIT = 1.0  # seconds for the other side to close after a goodbye; a guess
-USER_TIMEOUT = {False: 5.0, True: 30.0}  # seconds of unacknowledged bytes: control, bulk; guesses
 
 
 class IncomingCall:
@@ -126,6 +124,11 @@ class Connection:
         return self._core.unsent_bytes
 
     @property
+    def host(self) -> str:
+        """Where the other side is, without its port."""
+        return self._frames.channel.remote.host
+
+    @property
     def address(self) -> str:
         """Where the other side is, for people."""
         return str(self._frames.channel.remote)
@@ -170,7 +173,10 @@ class Connection:
     async def run(self) -> None:
         """Work until the connection ends; `error` says why, `None` after a goodbye."""
         channel = self._frames.channel
-        channel.set_user_timeout(USER_TIMEOUT[self.bulk])
+        limits = self._limits
+        channel.set_user_timeout(
+            limits.user_timeout_bulk if self.bulk else limits.user_timeout_control
+        )
         self._life.deadline = trio.current_time() + channel.expires_at - time.time()
         try:
             with self._life:
@@ -183,7 +189,7 @@ class Connection:
                 self.error = self._cut or NotAllowed("a certificate has expired")
         finally:
             self._lose_calls()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_LIMIT):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + limits.goodbye):
                 try:
                     await self._say_last_words()
                 finally:
@@ -194,12 +200,12 @@ class Connection:
             try:
                 frames = await self._frames.receive()
                 now = trio.current_time()
-                effects = [effect for frame in frames for effect in self._core.receive(frame, now)]
+                for frame in frames:  # what came before a frame that breaks the rules counts
+                    self._perform(self._core.receive(frame, now), calls)
             except P2PMoEError as error:
                 self._end(error)
                 return
             self._hear(now)
-            self._perform(effects, calls)
             if (deadline := self._core.next_deadline()) < self._alarm.deadline:
                 self._alarm.deadline = deadline
             self._changed()
@@ -217,7 +223,7 @@ class Connection:
                 self.drop(ConnectionLost("the other side does not read"))
             except ConnectionLost as error:  # what it sent before is still read
                 self._cut = error
-                self._close_within(CLOSING_LIMIT)
+                self._close_within(self._limits.closing)
                 return
             self._room.unpark_all()
             self._changed()
@@ -252,10 +258,16 @@ class Connection:
         except P2PMoEError as error:
             code, detail = error.code, str(error)
             retry_after = getattr(error, "retry_after", None)
+            self._blame(error)
         except Exception as error:  # noqa: BLE001  the edge of a task: the caller learns that it failed, the log why
             code, detail = RemoteError.code, "the call failed over there: see its log"
-            telemetry.emit(
-                "net.call.crashed", level="error", op=call.method, error=repr(error), exc_info=True
+            telemetry.complain(
+                self.peer.hex,
+                "net.call.crashed",
+                level="error",
+                op=call.method,
+                error=repr(error),
+                exc_info=True,
             )
         finally:
             del self._running[number]
@@ -321,7 +333,15 @@ class Connection:
             self._wake.unpark_all()
         elif self._core.finished and self._frames.whole:
             # Who said goodbye first lets the other side close, which may still have to read.
-            self._close_within(0 if self._core.left else CLOSING_LIMIT)
+            self._close_within(0 if self._core.left else self._limits.closing)
+
+    def _blame(self, error: P2PMoEError) -> None:
+        """A call has failed: whoever asks for nonsense all the time is not heard any longer."""
+        if isinstance(error, MalformedMessage):
+            try:
+                self.account.count_fault(trio.current_time())
+            except MalformedMessage as last:
+                self.drop(last)
 
     def _close_within(self, seconds: float) -> None:
         self._life.deadline = min(self._life.deadline, trio.current_time() + seconds)

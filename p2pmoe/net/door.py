@@ -1,12 +1,14 @@
 """Where channels become connections: a seat in the quota, and the greeting.
 
-Rules: a connection has a seat from before its greeting until it ends; `leave` gives it back. A
-channel that does not become a connection is closed here.
+Rules: a connection has a seat from before its greeting until it ends; `leave` gives it back. Who
+came in and has not said HELLO waits in a lobby. A channel that does not become a connection is
+closed here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import trio
 
@@ -15,6 +17,7 @@ from p2pmoe.net.connection import Connection, Handler, Terms
 from p2pmoe.net.dialling import dial_any
 from p2pmoe.net.greeting import Greeter
 from p2pmoe.net.links import Dial
+from p2pmoe.net.lobby import Lobby
 from p2pmoe.net.quota import PeerQuota, Quota
 from p2pmoe.net.transport import Channel, Transport
 
@@ -31,13 +34,14 @@ class Door:
     ) -> None:
         self._transport, self._greeter = transport, greeter
         self._quota, self._handlers = quota, handlers
+        self._lobby = Lobby(quota.params.guests)
         self.closed = False
 
     async def dial(self, dial: Dial) -> Connection:
         """Reach a peer. Raises as `dial_any` and `Greeter.dial`, and `PeerBusy`."""
         channel = await dial_any(self._transport, dial.addresses, dial.expect)
         try:
-            account = self._take_seat(channel, bulk=dial.bulk)
+            account = self._quota.connect(channel.peer, bulk=dial.bulk, now=trio.current_time())
             try:
                 frames, greeted = await self._greeter.dial(channel, bulk=dial.bulk)
             except BaseException:
@@ -51,18 +55,29 @@ class Door:
 
     async def accept(self, channel: Channel) -> Connection:
         """Let a peer in. Raises as `Greeter.accept`, and `PeerBusy`."""
+        with trio.CancelScope() as stay:
+            place = self._lobby.enter(channel.remote.host, trio.current_time(), stay.cancel)
+            assert place is not None  # this lobby has no limit an address
+            try:
+                return await self._greet(channel)
+            finally:
+                self._lobby.leave(place)
+        raise PeerBusy(f"{channel.remote}: hello: others that came later needed the place")
+
+    async def _greet(self, channel: Channel) -> Connection:
         seats: list[tuple[PeerQuota, bool]] = []
+        seat = partial(self._quota.connect, channel.peer, came_from=channel.remote.host)
 
         def admit(bulk: bool) -> None:
             if self.closed:
                 raise PeerBusy("the listener is shutting down")
-            seats.append((self._take_seat(channel, bulk=bulk), bulk))
+            seats.append((seat(bulk=bulk, now=trio.current_time()), bulk))
 
         try:
             frames, greeted = await self._greeter.accept(channel, admit)
         except BaseException:
             for account, bulk in seats:
-                self._quota.disconnect(account, bulk=bulk)
+                self._quota.disconnect(account, bulk=bulk, came_from=channel.remote.host)
             await trio.aclose_forcefully(channel.stream)
             raise
         [(account, bulk)] = seats
@@ -71,7 +86,5 @@ class Door:
 
     def leave(self, connection: Connection) -> None:
         """The connection has ended: its seat is free."""
-        self._quota.disconnect(connection.account, bulk=connection.bulk)
-
-    def _take_seat(self, channel: Channel, *, bulk: bool) -> PeerQuota:
-        return self._quota.connect(channel.peer, bulk=bulk, now=trio.current_time())
+        host = None if connection.outbound else connection.host
+        self._quota.disconnect(connection.account, bulk=connection.bulk, came_from=host)

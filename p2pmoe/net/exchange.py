@@ -58,13 +58,15 @@ class Exchange:
         allocate: Callable[[int], memoryview],
         now: float,
     ) -> None:
-        self._params, self._limits = params, quota.params
-        self._outbox = Outbox(params.chunk_bytes)
+        self._params, self._quota, self._limits = params, quota, quota.params
+        self._outbox = Outbox(params.chunk_bytes, quota.params.small_frames)
         desk = Desk(self._outbox, quota, allocate, params.payload_bytes)
         self._own = OwnCalls(desk, first_id=1 if params.dialler else 2)
         self._theirs = PeerCalls(desk, first_id=2 if params.dialler else 1)
         self._window = Window()
         self._progress = Progress(self._limits)
+        self._payload = Progress(self._limits, piece=params.chunk_bytes)
+        self._payload_bytes = 0  # in whole chunks, since the last `heard`
         self._pings = self._pongs = self._unanswered = 0
         self._silent_at = now + params.ping_after
         self.left = False  # whether the other side said GOODBYE
@@ -156,6 +158,7 @@ class Exchange:
     # -------------------------------------------------------------- the machine in time
     def receive(self, frame: Frame, now: float) -> list[Effect]:
         """Take a frame in."""
+        self._quota.count_frame(now)
         message = decode_header(frame.header)
         if isinstance(message, Chunk):
             return self._on_chunk(message.id, frame.payload)
@@ -175,21 +178,25 @@ class Exchange:
             case Credit():
                 self._outbox.granted(message.id, message.size)
                 return []
+            case Ping():
+                self._quota.count_ping(now)
+                self._outbox.put(Pong(n=message.n))
+                return []
             case _:
                 return self._on_connection(message)
 
     def heard(self, size: int, now: float, *, inside_frame: bool) -> None:
         """After the frames of one read of `size` bytes; `inside_frame` if it ended in one."""
         self._unanswered, self._silent_at = 0, now + self._params.ping_after
-        if inside_frame or self._own.receiving or self._theirs.receiving:
-            self._progress.moved(size, now)
-        else:
-            self._progress.rest()
+        receiving = self._own.receiving or self._theirs.receiving
+        self._progress.watch(inside_frame or receiving, size, now)
+        self._payload.watch(receiving, self._payload_bytes, now)  # other frames do not help it
+        self._payload_bytes = 0
 
     def tick(self, now: float) -> None:
         """Do what is due: end what is late, ask for a sign of life."""
         self._theirs.tick(now)
-        if self._progress.too_slow(now):
+        if self._progress.too_slow(now) or self._payload.too_slow(now):
             raise ConnectionLost(f"less than {self._limits.least_rate:g} bytes a second came in")
         if now >= self._silent_at:
             if self._unanswered == self._limits.pings:
@@ -201,7 +208,8 @@ class Exchange:
 
     def next_deadline(self) -> float:
         """When to `tick`."""
-        return min(self._silent_at, self._progress.deadline, self._theirs.next_deadline())
+        slow = min(self._progress.deadline, self._payload.deadline)
+        return min(self._silent_at, slow, self._theirs.next_deadline())
 
     def next_frame(self) -> OutFrame | None:
         """The frame to send now, if there is one and the other side has room for it."""
@@ -215,15 +223,14 @@ class Exchange:
         size = len(payload)
         if not 0 < size <= self._params.chunk_bytes:
             raise MalformedMessage("exchange.chunk_size", f"{size} bytes")
+        self._payload_bytes += size
         self._window.take(size)
         self._outbox.announce(CONNECTION, self._window.free(size))
         ours = call % 2 == self._own.next_id % 2
         return self._own.on_chunk(call, payload) if ours else self._theirs.on_chunk(call, payload)
 
-    def _on_connection(self, message: Hello | Refuse | Goodbye | Ping | Pong) -> list[Effect]:
+    def _on_connection(self, message: Hello | Refuse | Goodbye | Pong) -> list[Effect]:
         match message:
-            case Ping():
-                self._outbox.put(Pong(n=message.n))
             case Pong():
                 self._on_pong(message.n)
             case Goodbye():

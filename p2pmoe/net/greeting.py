@@ -36,6 +36,7 @@ from p2pmoe.net.messages import (
     decode_header,
 )
 from p2pmoe.net.outbox import OutFrame
+from p2pmoe.net.quota import QuotaParams
 from p2pmoe.net.tls import explain
 from p2pmoe.net.transport import Channel, failure
 from p2pmoe.version import __version__
@@ -45,7 +46,6 @@ from p2pmoe.wire.framing import BULK_LIMITS, CONTROL_LIMITS, HELLO_LIMITS
 from p2pmoe.wire.peer_record import PeerRecord, open_record
 
 AGENT = f"p2pmoe/{__version__}"
-REFUSE_LIMIT = 0.2  # seconds in which a REFUSE may get out; a guess, a far peer's round trip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,11 @@ class Greeted:
 
 @dataclass(frozen=True, slots=True)
 class Greeter:
-    """How this peer greets. `record` gives its own sealed record; `within` is in seconds."""
+    """How this peer greets. `record` gives its own sealed record."""
 
     network: bytes
     record: Callable[[], bytes | None]
-    within: float
+    quota: QuotaParams
     verified: VerifiedCache
 
     async def dial(self, channel: Channel, *, bulk: bool) -> tuple[FrameStream, Greeted]:
@@ -72,12 +72,12 @@ class Greeter:
         `VersionMismatch` or `MalformedMessage`. On failure the caller closes the channel.
         """
         frames = FrameStream(channel, BULK_LIMITS if bulk else CONTROL_LIMITS)
-        with _stage(channel, self.within):
+        with _stage(channel, self.quota.hello):
             await frames.send([self._hello(bulk=bulk)])
             answer = await _first_header(frames)
         if isinstance(answer, Refuse):
             raise _refused(answer, channel)
-        async with _refusing(frames):
+        async with _refusing(frames, self.quota.refuse):
             return frames, self._judge(_hello(answer), channel, them="listener", us="dialler")
 
     async def accept(
@@ -89,15 +89,15 @@ class Greeter:
         told so. Raises as `dial`.
         """
         frames = FrameStream(channel, HELLO_LIMITS)
-        with _stage(channel, self.within):
+        with _stage(channel, self.quota.hello):
             first = await _first_header(frames)
-        async with _refusing(frames):
+        async with _refusing(frames, self.quota.refuse):
             theirs = _hello(first)
             bulk = theirs.channel == "bulk"
             greeted = self._judge(theirs, channel, them="dialler", us="listener")
             admit(bulk)
         frames.widen(BULK_LIMITS if bulk else CONTROL_LIMITS)
-        with _stage(channel, self.within):
+        with _stage(channel, self.quota.hello):
             await frames.send([self._hello(bulk=bulk)])
         return frames, greeted
 
@@ -175,13 +175,13 @@ def _stage(channel: Channel, limit: float) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _refusing(frames: FrameStream) -> AsyncIterator[None]:
+async def _refusing(frames: FrameStream, limit: float) -> AsyncIterator[None]:
     """Tell the other side when its greeting is refused."""
     try:
         yield
     except P2PMoEError as error:
         refuse = Refuse(code=error.code, detail=str(error)[:MAX_DETAIL])
-        with trio.move_on_after(REFUSE_LIMIT), suppress(ConnectionLost):
+        with trio.move_on_after(limit), suppress(ConnectionLost):
             await frames.send([OutFrame(schema.encode(refuse))])
         raise _placed(error, frames.channel) from None
 

@@ -21,7 +21,6 @@ from p2pmoe.net.messages import Credit as Announcement
 from p2pmoe.wire import schema
 from p2pmoe.wire.schema import Message
 
-SMALL_FRAMES = 512  # waiting at once; twice the calls in flight
 CONNECTION = 0  # the id of the connection itself, in CREDIT and for its GOODBYE
 
 Buffer = bytes | bytearray | memoryview
@@ -84,8 +83,8 @@ class _Stream:
 class Outbox:
     """Says what to send next. `next_frame` is called by the connection's one writer."""
 
-    def __init__(self, chunk_bytes: int) -> None:
-        self._chunk_bytes = chunk_bytes
+    def __init__(self, chunk_bytes: int, small_frames: int) -> None:
+        self._chunk_bytes, self._small_frames = chunk_bytes, small_frames
         self._small: deque[Message] = deque()
         self._announced: dict[int, int] = {}
         self._streams: dict[int, _Stream] = {}
@@ -97,7 +96,7 @@ class Outbox:
     # -------------------------------------------------------------- filling
     def put(self, message: Message) -> None:
         """Send a small frame of the connection's own, or an answer to a call never begun."""
-        if len(self._small) >= SMALL_FRAMES:
+        if len(self._small) >= self._small_frames:
             raise MalformedMessage("exchange.not_reading", "answers pile up")
         self._small.append(message)
 

@@ -42,6 +42,7 @@ class OwnCalls:
     def __init__(self, desk: Desk, first_id: int) -> None:
         self._desk = desk
         self._calls: dict[int, _Call] = {}
+        self._receiving: set[int] = set()  # calls with a payload on its way in, credit for it given
         self.next_id = first_id
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class OwnCalls:
     @property
     def receiving(self) -> bool:
         """Whether a payload is on its way in that the other side has credit for."""
-        return any(call.assembly and not call.withheld for call in self._calls.values())
+        return bool(self._receiving)
 
     def ask(self, method: str, body: bytes, payload: Iterable[Buffer], budget: float) -> int:
         """Begin a call that may take `budget` seconds; returns its id.
@@ -77,7 +78,7 @@ class OwnCalls:
         own = self._calls.get(call)
         if own is None or own.cancelled:
             return
-        self._drop_assembly(own)
+        self._drop_assembly(call, own)
         if not self._desk.outbox.begun(call):
             self._close(call)
             return
@@ -92,6 +93,8 @@ class OwnCalls:
             own.untaken -= size
             if own.withheld and own.untaken <= HELD_BYTES:
                 freed, own.withheld = own.withheld, 0
+                if own.assembly:
+                    self._receiving.add(call)
                 self._desk.outbox.announce(call, own.window.free(freed))
 
     def on_reply(self, reply: Reply) -> list[Effect]:
@@ -113,6 +116,8 @@ class OwnCalls:
         assembly = Assembly(reply.body, self._desk.allocate(reply.size))
         if reply.size:
             own.assembly = assembly
+            if not own.withheld:
+                self._receiving.add(reply.id)
             return []
         return [PartArrived(reply.id, Part(assembly.body, assembly.buffer))]
 
@@ -128,12 +133,13 @@ class OwnCalls:
         whole = assembly.fill(chunk)
         if own.untaken > HELD_BYTES:
             own.withheld += len(chunk)
+            self._receiving.discard(call)
         else:
             self._desk.outbox.announce(call, own.window.free(len(chunk)))
         if not whole:
             return []
         own.untaken += len(assembly.buffer)
-        self._drop_assembly(own)
+        self._drop_assembly(call, own)
         return [PartArrived(call, Part(assembly.body, assembly.buffer))]
 
     def on_end(self, end: End) -> list[Effect]:
@@ -141,7 +147,7 @@ class OwnCalls:
         own = self._expected(end.id)
         if own.assembly and not end.code:
             raise MalformedMessage("exchange.part_cut", f"call {end.id}")
-        self._drop_assembly(own)
+        self._drop_assembly(end.id, own)
         self._close(end.id)
         if own.cancelled:
             return []
@@ -164,7 +170,7 @@ class OwnCalls:
             own = self._calls[call]
             if not own.cancelled:
                 effects.append(CallLost(call, begun=gone and self._desk.outbox.begun(call)))
-            self._drop_assembly(own)
+            self._drop_assembly(call, own)
             self._close(call)
         return effects
 
@@ -174,10 +180,11 @@ class OwnCalls:
             raise MalformedMessage("exchange.id", f"call {call} is not in flight")
         return own
 
-    def _drop_assembly(self, own: _Call) -> None:
+    def _drop_assembly(self, call: int, own: _Call) -> None:
         if own.assembly:
             self._desk.quota.release(len(own.assembly.buffer))
             own.assembly = None
+            self._receiving.discard(call)
 
     def _close(self, call: int) -> None:
         del self._calls[call]

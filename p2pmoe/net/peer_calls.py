@@ -34,6 +34,7 @@ class PeerCalls:
         self._desk = desk
         self._calls: dict[int, _Call] = {}
         self._assembling: dict[int, _Call] = {}
+        self._due = FOREVER  # no deadline of these is earlier
         self._next_id = first_id
         self.closed = False  # whether later calls are not begun any more
 
@@ -104,6 +105,7 @@ class PeerCalls:
             return [_arrived(call, theirs, assembly)]
         theirs.assembly = assembly
         self._assembling[call] = theirs
+        self._due = min(self._due, deadline)
         return []
 
     def on_chunk(self, call: int, chunk: memoryview) -> list[Effect]:
@@ -144,20 +146,25 @@ class PeerCalls:
 
     def tick(self, now: float) -> None:
         """End the calls whose payload is not whole by their deadline."""
+        if now < self._due:
+            return
         for call, theirs in list(self._assembling.items()):
             if theirs.deadline <= now:
                 self._stop_assembling(call, theirs)
                 self.end(call, "timeout", "the payload did not come in time")
+        left = (theirs.deadline for theirs in self._assembling.values())
+        self._due = min(left, default=FOREVER)
 
     def next_deadline(self) -> float:
-        """When `tick` has something to do."""
-        return min((theirs.deadline for theirs in self._assembling.values()), default=FOREVER)
+        """When `tick` has something to do, unless that payload is whole by then."""
+        return self._due
 
     def close(self) -> None:
         """The connection is gone: give back what its calls hold."""
         for call, theirs in list(self._calls.items()):
             if not theirs.ended:
                 self._desk.quota.release(theirs.size)
+            self._desk.outbox.close(call)
             self.end_sent(call)
         self._assembling.clear()
 
@@ -168,6 +175,8 @@ class PeerCalls:
     def _stop_assembling(self, call: int, theirs: _Call) -> None:
         theirs.assembly = None
         del self._assembling[call]
+        if not self._assembling:
+            self._due = FOREVER
 
 
 def _arrived(call: int, theirs: _Call, whole: Assembly) -> CallArrived:

@@ -54,7 +54,6 @@ __all__ = [
 ]
 
 WAITING_DIALS = 256  # at once; a guess
-VERIFIED_RECORDS = 4096  # remembered; a guess, as many as accounts of peers
 CLOSED = "this node is closed"
 
 
@@ -69,7 +68,6 @@ class PoolParams:
     idle: float = 300.0  # s without a call, then a connection is closed; a guess
     idle_check: float = 10.0  # s between looks; a guess
     call_seconds: float = 30.0  # s for a call whose caller has no deadline; a guess
-    peers_remembered: int = 4096  # whose back-off is kept; a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +120,8 @@ class Pool:
         self.observers: list[Callable[[PoolEvent], None]] = []
         self._own, self._params, self._rng = transport.peer_id, params, rng
         self._quota = Quota(params.quota)
-        verified = VerifiedCache(VERIFIED_RECORDS)
-        greeter = Greeter(network, greeting, params.quota.hello, verified)
+        verified = VerifiedCache(params.quota.records_remembered)
+        greeter = Greeter(network, greeting, params.quota, verified)
         self._door = Door(transport, greeter, self._quota, self.handlers)
         self._peers: OrderedDict[PeerId, Links] = OrderedDict()
         self._orders, self._dials = trio.open_memory_channel[Dial](WAITING_DIALS)
@@ -211,6 +209,7 @@ class Pool:
             'p2pmoe_calls_in_flight{side="client"}': sum(each.calls[0] for each in connections),
             'p2pmoe_calls_in_flight{side="server"}': sum(each.calls[1] for each in connections),
             "p2pmoe_payload_bytes_reserved": self._quota.payload_bytes,
+            "p2pmoe_tasks": trio.lowlevel.current_statistics().tasks_living,
         }
 
     # -------------------------------------------------------------- life
@@ -234,7 +233,9 @@ class Pool:
             connection = await self._door.accept(channel)
         except P2PMoEError as error:
             telemetry.count("p2pmoe_net_greetings_refused_total", why=error.code)
-            telemetry.emit("net.greeting.refused", level="info", peer=channel.peer, error=error)
+            telemetry.complain(
+                channel.peer.hex, "net.greeting.refused", peer=channel.peer, error=error
+            )
             return
         await self._live(connection)
 
@@ -371,7 +372,7 @@ class Pool:
 
     def _links(self, peer: PeerId) -> Links:
         if peer not in self._peers:
-            if len(self._peers) >= self._params.peers_remembered:
+            if len(self._peers) >= self._params.quota.peers_remembered:
                 self._forget_one()
             self._peers[peer] = Links(self._own, self._params.backoff)
         self._peers.move_to_end(peer)

@@ -8,10 +8,8 @@ connection counts against the room for strangers; after that, the floor above co
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -19,17 +17,19 @@ from functools import partial
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.errors import AddressInUse, ConfigurationError, P2PMoEError, PeerUnreachable
+from p2pmoe.errors import (
+    AddressInUse,
+    ConfigurationError,
+    P2PMoEError,
+    PeerBusy,
+    PeerUnreachable,
+)
 from p2pmoe.identity import KeyPair, PeerId
+from p2pmoe.net.lobby import Lobby
+from p2pmoe.net.quota import QuotaParams, TokenBucket
 from p2pmoe.net.tls import Credentials, Tls
 from p2pmoe.net.transport import Channel, failure
 from p2pmoe.wire.address import Address
-
-CONNECT_LIMIT = 5.0  # seconds for name and connection: two repeated SYNs; RFC 6298, section 2
-ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors have run out; as trio, serve_tcp
-MAX_HANDSHAKES = 256  # at once; a guess
-MAX_STRANGERS = 8  # handshakes at once from one global address; a guess
-_SUBNET_BITS = 64  # what one IPv6 site has for itself; RFC 6177
 
 Accepted = Callable[[Channel], Awaitable[None]]
 
@@ -37,17 +37,20 @@ Accepted = Callable[[Channel], Awaitable[None]]
 class TcpTransport:
     """A transport over TCP and TLS 1.3, as one peer of one network."""
 
-    def __init__(self, keys: KeyPair, credentials: Credentials) -> None:
+    def __init__(
+        self, keys: KeyPair, credentials: Credentials, quota: QuotaParams | None = None
+    ) -> None:
         if keys.peer_id != credentials.keys.peer_id:
             raise ValueError(f"the credentials are those of {credentials.keys}, not of {keys}")
         self.peer_id = keys.peer_id
-        self._tls = Tls(credentials)
+        self._quota = quota or QuotaParams()
+        self._tls = Tls(credentials, self._quota)
 
     async def dial(self, address: Address, expect: PeerId | None) -> Channel:
-        """See `Transport.dial`. Takes `CONNECT_LIMIT` and `HANDSHAKE_LIMIT` at most."""
+        """See `Transport.dial`. Takes the quota's `connect` and `handshake` at most."""
         begun = trio.current_time()
         try:
-            stream = await _connect(address)
+            stream = await _connect(address, self._quota.connect)
             channel = await self._tls.dialled(stream, address, expect)
         except P2PMoEError as error:
             error.elapsed = trio.current_time() - begun
@@ -63,7 +66,7 @@ class TcpTransport:
     ) -> None:
         """See `Transport.serve`."""
         listeners = await _listen(address)
-        reception = _Reception(self._tls, accepted)
+        reception = _Reception(self._tls, accepted, self._quota)
         async with trio.open_nursery() as connections:
             for listener in listeners:
                 connections.start_soon(reception.run, listener, connections)
@@ -71,94 +74,101 @@ class TcpTransport:
             task_status.started(replace(address, port=port))
 
 
-class Lobby:
-    """How many strangers of one global address are proving themselves.
-
-    Other addresses are not counted: a home or a cluster may stand behind one. The table is bounded
-    by the number of handshakes at once.
-    """
-
-    def __init__(self) -> None:
-        self._inside: Counter[str] = Counter()
-
-    def enter(self, host: str) -> bool:
-        """Whether there is room; then `leave` follows."""
-        group = _group(host)
-        if group and self._inside[group] >= MAX_STRANGERS:
-            return False
-        self._inside[group] += 1
-        return True
-
-    def leave(self, host: str) -> None:
-        """Make room again."""
-        group = _group(host)
-        self._inside[group] -= 1
-        if not self._inside[group]:
-            del self._inside[group]
-
-
 class _Reception:
     """Takes connections in, for as long as one `serve` runs."""
 
-    def __init__(self, tls: Tls, accepted: Accepted) -> None:
-        self._tls = tls
-        self._accepted = accepted
-        self._room = trio.Semaphore(MAX_HANDSHAKES)
-        self._lobby = Lobby()
+    def __init__(self, tls: Tls, accepted: Accepted, quota: QuotaParams) -> None:
+        self._tls, self._accepted, self._quota = tls, accepted, quota
+        self._lobby = Lobby(quota.strangers, quota.strangers_an_address)
+        self._left = trio.lowlevel.ParkingLot()  # waits here for somebody to leave the lobby
+        self._handshakes = TokenBucket(quota.handshakes, trio.current_time())
+        self._turn = trio.Lock()
 
     async def run(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
         async with listener:
             while True:
-                await self._room.acquire()
+                while wait := self._lobby.wait(self._quota.strangers_stay, trio.current_time()):
+                    with trio.move_on_after(wait):
+                        await self._left.park()
                 try:
                     stream = await listener.accept()
                 except OSError as error:  # no descriptors, no memory, or a firewall
-                    self._room.release()
-                    telemetry.emit("net.accept.failed", level="warning", error=error.strerror)
-                    await trio.sleep(ACCEPT_PAUSE)
+                    telemetry.count("p2pmoe_net_accepts_failed_total")
+                    telemetry.complain(
+                        "", "net.accept.failed", level="warning", error=error.strerror
+                    )
+                    await trio.sleep(self._quota.accept_pause)
                 else:
                     connections.start_soon(self._attend, stream)
 
     async def _attend(self, stream: trio.SocketStream) -> None:
         try:
-            try:
-                channel = await self._prove(stream)
-            finally:
-                self._room.release()
+            channel = await self._admit(stream)
             if channel is not None:
                 await self._accepted(channel)
         except Exception as error:  # noqa: BLE001  the edge of a task: one connection ends alone
-            telemetry.emit("net.connection.crashed", level="error", error=repr(error))
+            telemetry.complain("", "net.connection.crashed", level="error", error=repr(error))
         finally:
             await trio.aclose_forcefully(stream)
 
-    async def _prove(self, stream: trio.SocketStream) -> Channel | None:
+    async def _admit(self, stream: trio.SocketStream) -> Channel | None:
         """The channel; `None` when the stranger is refused, or gone."""
         try:
             host, port = stream.socket.getpeername()[:2]
         except OSError:
             return None
-        if not self._lobby.enter(host):
-            telemetry.count("p2pmoe_net_handshakes_refused_total", why="crowd")
-            return None
+        remote, now = Address(host, port), trio.current_time()
+        with trio.CancelScope(deadline=now + self._quota.handshake) as stay:
+            place = self._lobby.enter(host, now, stay.cancel)
+            try:
+                if place is not None:
+                    return await self._prove(stream, remote)
+            except P2PMoEError as error:
+                _refused(error, host)
+                return None
+            finally:
+                if place is not None:
+                    self._lobby.leave(place)
+                    self._left.unpark_all()
+        late = trio.current_time() >= now + self._quota.handshake
+        why = f"no handshake within {self._quota.handshake:g} s" if late else "too many at once"
+        _refused(failure(PeerUnreachable if late else PeerBusy, "tls", remote, why), host)
+        return None
+
+    async def _prove(self, stream: trio.SocketStream, remote: Address) -> Channel:
+        """Take part in a handshake, once the stranger has begun one and it is its turn.
+
+        Somebody who connects and says nothing costs no more than a socket.
+        """
         try:
-            channel = await self._tls.accepted(stream, Address(host, port))
-        except P2PMoEError as error:
-            telemetry.count("p2pmoe_net_handshakes_refused_total", why=error.code)
-            telemetry.emit("net.handshake.refused", level="info", code=error.code, error=error)
-            return None
-        finally:
-            self._lobby.leave(host)
+            begun = await stream.socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            begun = b""
+        if not begun:
+            raise failure(PeerUnreachable, "tls", remote, "it closed the connection")
+        await self._await_turn()
+        channel = await self._tls.accepted(stream, remote)
         return _with_user_timeout(channel, stream)
 
+    async def _await_turn(self) -> None:
+        async with self._turn:
+            if wait := self._handshakes.take(trio.current_time()):
+                await trio.sleep(wait)
+                self._handshakes.take(trio.current_time())
 
-async def _connect(address: Address) -> trio.SocketStream:
+
+def _refused(error: P2PMoEError, host: str) -> None:
+    telemetry.count("p2pmoe_net_handshakes_refused_total", why=error.code)
+    telemetry.complain(host, "net.handshake.refused", code=error.code, error=error)
+
+
+async def _connect(address: Address, limit: float) -> trio.SocketStream:
     refused = partial(failure, PeerUnreachable)
     try:
-        with trio.fail_after(CONNECT_LIMIT):
+        with trio.fail_after(limit):
             return await trio.open_tcp_stream(address.host, address.port)
     except trio.TooSlowError:
-        raise refused("connect", address, f"no answer within {CONNECT_LIMIT:g} s") from None
+        raise refused("connect", address, f"no answer within {limit:g} s") from None
     except socket.gaierror as error:
         raise refused("resolve", address, _reason(error)) from None
     except OSError as error:
@@ -200,12 +210,3 @@ def _with_user_timeout(channel: Channel, stream: trio.SocketStream) -> Channel:
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         return channel
     return replace(channel, set_user_timeout=set_user_timeout)
-
-
-def _group(host: str) -> str:
-    """What counts as one address: an IPv6 site's network; empty if the address is not global."""
-    ip = ipaddress.ip_address(host)
-    if not ip.is_global:
-        return ""
-    bits = _SUBNET_BITS if ip.version == 6 else 32
-    return str(ipaddress.ip_network((ip, bits), strict=False))

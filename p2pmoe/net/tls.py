@@ -30,14 +30,12 @@ from p2pmoe.errors import (
 )
 from p2pmoe.identity import KeyPair, PeerId, network_id, open_network_seed
 from p2pmoe.net.certificates import issue, make_authority, read_leaf
+from p2pmoe.net.quota import QuotaParams
 from p2pmoe.net.transport import Channel, failure
 from p2pmoe.wire.address import Address
 
 ALPN = "p2pmoe/1"
 TLS_VERSION = "TLSv1.3"
-HANDSHAKE_LIMIT = 5.0  # seconds, until both sides are proven; a guess
-LINGER_LIMIT = 0.5  # seconds in which a refused client may read why; a guess
-LINGER_BYTES = 65536  # what a refused client may still have under way; a guess
 OPEN_FROM = datetime(2000, 1, 1, tzinfo=UTC)  # earlier than any clock that is nearly right
 OPEN_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # "no end"; RFC 5280, section 4.1.2.5
 
@@ -138,9 +136,13 @@ class Tls:
     """The handshakes of one peer. `wall_clock` gives seconds since 1970."""
 
     def __init__(
-        self, credentials: Credentials, wall_clock: Callable[[], float] = time.time
+        self,
+        credentials: Credentials,
+        quota: QuotaParams | None = None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._credentials = credentials
+        self._quota = quota or QuotaParams()
         self._wall_clock = wall_clock
         self._client = make_context(credentials, ssl.PROTOCOL_TLS_CLIENT)
         self._server = make_context(credentials, ssl.PROTOCOL_TLS_SERVER)
@@ -189,14 +191,18 @@ class Tls:
 
     async def _shake_hands(self, secured: trio.SSLStream[trio.abc.Stream], remote: Address) -> None:
         try:
-            with trio.fail_after(HANDSHAKE_LIMIT):
+            with trio.fail_after(self._quota.handshake):
                 await secured.do_handshake()
         except trio.TooSlowError:
-            reason = f"no handshake within {HANDSHAKE_LIMIT:g} s"
+            reason = f"no handshake within {self._quota.handshake:g} s"
             raise failure(PeerUnreachable, "tls", remote, reason) from None
         except trio.BrokenResourceError as error:
-            await _say_why(secured)
+            await _say_why(secured, self._quota)
             raise explain(error, address=remote, network=self._credentials.network) from error
+        finally:
+            # Trio keeps a bound method here that it needs no more: a circle around OpenSSL's state,
+            # tens of KiB that the garbage collector would take for a few small objects.
+            secured._handshook._afn = trio.lowlevel.checkpoint  # type: ignore[assignment]  # takes nothing
 
     def _examine(
         self,
@@ -271,18 +277,18 @@ def _verdict(reason: str) -> _Verdict:
     return PeerUnreachable, f"the handshake failed: {words}"
 
 
-async def _say_why(secured: trio.SSLStream[trio.abc.Stream]) -> None:
+async def _say_why(secured: trio.SSLStream[trio.abc.Stream], quota: QuotaParams) -> None:
     """Send the alert that OpenSSL has ready, and give a client the time to read it.
 
     Trio raises before it sends the alert. A server that closed now, with unread bytes before it,
     would reset the connection, and the alert could be lost on the way.
     """
     stream = secured.transport_stream
-    with trio.move_on_after(LINGER_LIMIT), suppress(trio.BrokenResourceError):
+    with trio.move_on_after(quota.linger), suppress(trio.BrokenResourceError):
         await stream.send_all(secured._outgoing.read())
         if secured.server_side and isinstance(stream, trio.abc.HalfCloseableStream):
             await stream.send_eof()
-            left = LINGER_BYTES
+            left = quota.linger_bytes
             while left > 0 and (data := await stream.receive_some(left)):
                 left -= len(data)
 

@@ -1,4 +1,4 @@
-"""For tests of code that uses p2pmoe: a network in memory, and a swarm inside one process.
+"""For tests of code that uses p2pmoe: a network in memory, a swarm in one process, hostile peers.
 
 The names below are loaded when they are first used: the network needs no torch.
 """
@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from p2pmoe.testing.hostile import HostilePeer as HostilePeer
     from p2pmoe.testing.memory import Line as Line
     from p2pmoe.testing.memory import MemoryNetwork as MemoryNetwork
     from p2pmoe.testing.swarm import LocalSwarm as LocalSwarm
     from p2pmoe.testing.swarm import local_swarm as local_swarm
 
 _HOMES = {
+    "HostilePeer": "hostile",
     "Line": "memory",
     "MemoryNetwork": "memory",
     "LocalSwarm": "swarm",

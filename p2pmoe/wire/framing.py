@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from p2pmoe.errors import MalformedMessage
 
@@ -32,8 +33,7 @@ CONTROL_LIMITS = FrameLimits(payload_bytes=MAX_HEADER_BYTES)  # small calls may 
 BULK_LIMITS = FrameLimits()
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One frame as it came. `payload` is a view of what was received: copy what must last."""
 
     header: bytes
@@ -48,8 +48,8 @@ def frame_prefix(header_bytes: int, payload_bytes: int) -> bytes:
 class FrameReader:
     """Cuts a byte stream into frames. After an error it must not be fed again.
 
-    A frame that lies whole in what was received is not copied; one that comes in pieces is copied
-    once, into a buffer that grows with the bytes that have come.
+    A payload that lies whole in what was received is not copied; a frame that comes in pieces is
+    copied once, into a buffer that grows with the bytes that have come.
     """
 
     def __init__(self, limits: FrameLimits) -> None:
@@ -67,35 +67,45 @@ class FrameReader:
 
         Raises `MalformedMessage` with why `frame.*` when a length is beyond the limits.
         """
-        frames: list[Frame] = []
-        rest = memoryview(data)
+        view, size, frames = memoryview(data), len(data), list[Frame]()
+        at = self._finish(view, frames) if self._partial or self._lengths else 0
+        while at + PREFIX.size <= size:
+            lengths = PREFIX.unpack_from(view, at)
+            self._check(*lengths)
+            at += PREFIX.size
+            middle = at + lengths[0]
+            end = middle + lengths[1]
+            if end > size:
+                self._lengths = lengths
+                break
+            frames.append(Frame(bytes(view[at:middle]), view[middle:end]))
+            at = end
+        if at < size:
+            self._partial += view[at:]
+        return frames
+
+    def _finish(self, view: memoryview, frames: list[Frame]) -> int:
+        """Complete the frame that has begun; how much of `view` that took."""
+        at, size = 0, len(view)
         while True:
-            size = PREFIX.size if self._lengths is None else sum(self._lengths)
-            piece, rest = self._take(rest, size)
-            if piece is None:
-                return frames
-            if self._lengths is None:
-                self._lengths = self._check(*PREFIX.unpack(piece))
-            else:
-                header_bytes, self._lengths = self._lengths[0], None
-                frames.append(Frame(bytes(piece[:header_bytes]), piece[header_bytes:]))
+            begun, lengths = self._partial, self._lengths
+            missing = (lengths[0] + lengths[1] if lengths else PREFIX.size) - len(begun)
+            begun += view[at : at + missing]
+            at += missing
+            if at > size:
+                return size
+            self._partial = bytearray()
+            if lengths:
+                self._lengths = None
+                frames.append(Frame(bytes(begun[: lengths[0]]), memoryview(begun)[lengths[0] :]))
+                return at
+            self._lengths = PREFIX.unpack(begun)
+            self._check(*self._lengths)
 
-    def _take(self, rest: memoryview, size: int) -> tuple[memoryview | None, memoryview]:
-        """The next `size` bytes if they have all come, and what is left of `rest`."""
-        if not self._partial and len(rest) >= size:
-            return rest[:size], rest[size:]
-        missing = size - len(self._partial)
-        self._partial += rest[:missing]
-        if len(self._partial) < size:
-            return None, rest[missing:]
-        piece, self._partial = memoryview(self._partial), bytearray()
-        return piece, rest[missing:]
-
-    def _check(self, header_bytes: int, payload_bytes: int) -> tuple[int, int]:
+    def _check(self, header_bytes: int, payload_bytes: int) -> None:
         if header_bytes == 0:
             raise MalformedMessage("frame.empty_header")
         if header_bytes > self.limits.header_bytes:
             raise MalformedMessage("frame.header_too_long", f"{header_bytes} bytes")
         if payload_bytes > self.limits.payload_bytes:
             raise MalformedMessage("frame.payload_too_long", f"{payload_bytes} bytes")
-        return header_bytes, payload_bytes

@@ -50,6 +50,13 @@ def test_what_differs_in_expert_kind_or_shape_never_runs_together(other: dict[st
     assert numbers(queue.next_batch()) == [1]
 
 
+def test_requests_for_an_expert_that_runs_already_keep_their_place() -> None:
+    queue = queue_of(waiting(0), waiting(1, uid="ffn.1"), waiting(2))
+    assert numbers(queue.next_batch({"ffn.0"})) == [1]
+    assert queue.next_batch({"ffn.0"}) == []
+    assert numbers(queue.next_batch()) == [0, 2]
+
+
 def test_a_batch_is_filled_to_the_maximum_and_never_over_it() -> None:
     queue = queue_of(
         *(waiting(n, rows=3, client=n) for n in range(3)), waiting(3, rows=2, client=3)
@@ -186,13 +193,14 @@ class QueueMachine(RuleBasedStateMachine):
         assert sorted(numbers(self.queue.tick(self.now))) == numbers(expired)
         self.model = [request for request in self.model if request not in expired]
 
-    @rule()
-    def run(self) -> None:
-        batch = self.queue.next_batch()
-        if not self.model:
+    @rule(running=st.sampled_from(["", "", "x", "y"]))
+    def run(self, running: str) -> None:
+        batch = self.queue.next_batch({running})
+        fit = [request for request in self.model if request.uid != running]
+        if not fit:
             assert batch == []
             return
-        assert batch[0] == self.model[0]
+        assert batch[0] == fit[0]
         assert len({request.group for request in batch}) == 1
         assert sum(request.rows for request in batch) <= 6
         self.model = [request for request in self.model if request not in batch]

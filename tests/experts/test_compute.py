@@ -120,9 +120,11 @@ async def test_a_cancelled_request_is_never_computed() -> None:
             await device.until_begun()
             device.compute.submit([job(1), job(2)])
             assert device.compute.cancel([0, 1]) == 1
+            await trio.testing.wait_all_tasks_blocked()
             gate.set()
-            await device.until(lambda: len(device.answers) == 2)
+            await device.until(lambda: 2 in device.answers)
     assert device.ran == [[0], [2]]
+    assert set(device.answers) == {2}, "what ran for nobody is answered to nobody"
 
 
 async def test_an_expired_request_is_never_computed() -> None:
@@ -160,6 +162,70 @@ async def test_what_waits_for_an_expert_that_is_given_up_is_told() -> None:
     async with device.running():
         await device.until(lambda: len(device.answers) == 3)
     assert device.ran == [[1]]
+
+
+async def test_when_the_callers_of_a_batch_have_left_the_other_experts_go_on_at_once() -> None:
+    device = Device()
+    with device.held("slow") as gate:
+        async with device.running():
+            device.compute.submit([job(0, "slow"), job(1, "slow")])
+            await device.until_begun()
+            device.compute.submit([job(2, "slow"), job(3, "quick")])
+            device.compute.cancel([0])
+            await trio.testing.wait_all_tasks_blocked()
+            assert device.ran == [[0, 1]], "one caller is left"
+            device.compute.cancel([1])
+            await device.until(lambda: 3 in device.answers)
+            assert len(device.compute) == 1, "the expert itself is busy"
+            gate.set()
+            await device.until(lambda: 2 in device.answers)
+            await device.until_one_thread_is_left()
+    assert device.answers == {2: "done 2", 3: "done 3"}
+    assert device.ran == [[0, 1], [3], [2]]
+    assert len(device.threads) == 2
+
+
+async def test_a_second_batch_that_is_deserted_waits_for_the_first() -> None:
+    device = Device()
+    with device.held("slow") as gate, device.held("slower") as second_gate:
+        async with device.running():
+            for number, uid in enumerate(["slow", "slower"]):
+                device.compute.submit([job(number, uid)])
+                await device.until_begun()
+                device.compute.cancel([number])
+            device.compute.submit([job(2, "quick")])
+            await trio.testing.wait_all_tasks_blocked()
+            assert device.ran == [[0], [1]], "there is one spare thread"
+            gate.set()
+            await device.until(lambda: 2 in device.answers)
+            second_gate.set()
+            await device.until_one_thread_is_left()
+    assert device.answers == {2: "done 2"}
+
+
+async def test_a_deserted_batch_that_takes_too_long_takes_its_expert_out(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    device = Device(batch_limit=3.0)
+    with device.held("slow") as gate:
+        async with device.running():
+            device.compute.submit([job(0, "slow")])
+            await device.until_begun()
+            device.compute.cancel([0])
+            device.compute.submit([job(1, "slow")])
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(5.0)
+            await device.until(lambda: 1 in device.answers)
+            device.compute.submit([job(2, "slow"), job(3, "quick")])
+            await device.until(lambda: 3 in device.answers)
+            assert isinstance(device.answers[1], PeerBusy)
+            assert isinstance(device.answers[2], PeerBusy)
+            gate.set()
+            await device.until_one_thread_is_left()
+            mock_clock.jump(50.0)
+            device.compute.submit([job(4, "slow")])
+            await device.until(lambda: 4 in device.answers)
+    assert device.answers[4] == "done 4"
 
 
 async def test_a_late_batch_takes_its_expert_out_and_the_others_go_on(

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from p2pmoe import telemetry
+from p2pmoe.net.quota import QuotaParams
 from p2pmoe.net.tcp import TcpTransport
 from p2pmoe.net.tls import Credentials
 from p2pmoe.net.transport import Channel
@@ -27,8 +28,8 @@ WITHIN = 10.0  # seconds, for what takes milliseconds
 SECRET = b"what the peers say to each other"
 
 
-def transport(own: Credentials) -> TcpTransport:
-    return TcpTransport(own.keys, own)
+def transport(own: Credentials, quota: QuotaParams | None = None) -> TcpTransport:
+    return TcpTransport(own.keys, own, quota)
 
 
 class Events:
@@ -37,6 +38,7 @@ class Events:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._send, self._receive = trio.open_memory_channel[tuple[str, dict[str, Any]]](1000)
         monkeypatch.setattr(telemetry, "emit", self._emit)
+        monkeypatch.setattr(telemetry, "_too_many", lambda of: False)
 
     def _emit(self, event: str, /, **fields: Any) -> None:
         self._send.send_nowait((event, fields))
@@ -64,10 +66,12 @@ class Bob:
 
 
 @asynccontextmanager
-async def bob(own: Credentials | None = None) -> AsyncIterator[Bob]:
+async def bob(
+    own: Credentials | None = None, quota: QuotaParams | None = None
+) -> AsyncIterator[Bob]:
     server = Bob(ANY_PORT)
     async with trio.open_nursery() as servers:
-        serve = transport(own or credentials(BOB)).serve
+        serve = transport(own or credentials(BOB), quota).serve
         server.address = await servers.start(serve, ANY_PORT, server.accepted)
         yield server
         servers.cancel_scope.cancel()

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.identity import KeyPair, open_network_seed
 from p2pmoe.net.certificates import AUTHORITY_NAME, LEAF_NAME
+from p2pmoe.net.quota import QuotaParams
 from p2pmoe.net.tls import ALPN, OPEN_FROM, OPEN_UNTIL, Credentials, Tls, _say_why, explain
 from p2pmoe.net.transport import Channel
 from p2pmoe.wire.address import Address
@@ -182,7 +183,7 @@ async def strange(stream: trio.abc.Stream, stranger: Stranger, *, server: bool) 
         await secured.send_all(bytes(1000))
         return await secured.receive_some()
     except trio.BrokenResourceError as error:
-        await _say_why(secured)
+        await _say_why(secured, QuotaParams())
         return explain(error, address=ADDRESS)
     finally:
         await trio.aclose_forcefully(stream)

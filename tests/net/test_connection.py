@@ -18,7 +18,7 @@ from p2pmoe.errors import (
     PeerBusy,
     RemoteError,
 )
-from p2pmoe.net.connection import CLOSING_LIMIT, IncomingCall, allocate
+from p2pmoe.net.connection import IncomingCall, allocate
 from p2pmoe.net.messages import (
     Cancel,
     Chunk,
@@ -323,7 +323,7 @@ async def test_a_peer_that_vanishes_in_the_middle_of_a_request_leaves_no_bytes(a
         a, b = await w.peer(0), await w.peer(1)
         with pytest.raises(ConnectionLost):
             await a.pool.call(b.contact, "echo", b"", [bytes(8 * MIB)], bulk=True)
-        await trio.sleep(CLOSING_LIMIT)
+        await trio.sleep(QuotaParams().closing)
         await nothing_left(a, b)
         assert isinstance(b.events[-1].error, ConnectionLost)
 
@@ -364,6 +364,24 @@ async def test_a_peer_that_breaks_the_rules_is_told_and_hung_up_on(autojump_cloc
         await nothing_left(b)
         assert b.events[-1].error.why == "exchange.id"
         assert waits.begun == waits.cancelled
+
+
+async def test_an_answer_counts_although_nonsense_follows_it_at_once(autojump_clock):
+    async with world() as w:
+        a, waiting = await w.peer(0), await ambush(w)
+        got = []
+
+        async def call() -> None:
+            got.append(await a.pool.call(waiting.contact, "x", b""))
+
+        with trio.fail_after(1.0):
+            async with trio.open_nursery() as calls:
+                calls.start_soon(call)
+                stranger = await waiting.next_greeted()
+                await stranger.hear()
+                await stranger.say(Reply(id=1, body=b"yes"), End(id=1), End(id=1))
+        assert [part.body for part in got] == [b"yes"]
+        await nothing_left(a)
 
 
 async def test_whoever_is_refused_in_the_middle_loses_its_calls_with_the_reason(autojump_clock):
@@ -532,7 +550,7 @@ async def test_a_peer_that_stays_after_a_goodbye_is_hung_up_on(autojump_clock):
         b = await w.peer(1)
         stranger = await greet(w, b)
         await b.pool.drain()
-        assert trio.current_time() == pytest.approx(CLOSING_LIMIT)
+        assert trio.current_time() == pytest.approx(QuotaParams().closing)
         assert await stranger.hear() == Goodbye(last_id=0)
         with pytest.raises(EOFError):
             await stranger.hear()

@@ -204,6 +204,18 @@ def test_a_part_that_waits_for_credit_of_this_side_is_not_slow():
     a.core.tick(11.0)
 
 
+def test_a_lost_connection_has_nothing_more_to_send():
+    a, b = pair()
+    asking(a)
+    pump(a, b)
+    [call] = b.arrived
+    b.core.reply(call.id, b"", [bytes(2 * MIB)])
+    b.core.end(call.id)
+    b.core.close()
+    assert b.core.unsent_bytes == 0
+    assert b.core.next_frame() is None
+
+
 def test_a_lost_connection_gives_back_all_that_it_held():
     a, b = pair()
     begun = asking(a)

@@ -7,9 +7,10 @@ import pytest
 from p2pmoe.errors import MalformedMessage
 from p2pmoe.net.credit import FIRST_WINDOW_BYTES
 from p2pmoe.net.messages import Chunk, Credit, End, Ping, Reply, Request, decode_header
-from p2pmoe.net.outbox import CONNECTION, SMALL_FRAMES, Outbox, views_of
+from p2pmoe.net.outbox import CONNECTION, Outbox, views_of
 
 CHUNK = 1000
+SMALL_FRAMES = 512
 
 
 def request(call: int, size: int = 0) -> Request:
@@ -34,13 +35,13 @@ def sent(outbox: Outbox) -> list:
 
 
 def test_an_empty_outbox_has_nothing_to_send():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     assert outbox.empty
     assert sent(outbox) == []
 
 
 def test_small_frames_and_credit_go_before_headers_and_headers_before_chunks():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     asking(outbox, 1, bytes(1500))
     outbox.announce(CONNECTION, 5)
     outbox.announce(CONNECTION, 6)
@@ -54,14 +55,14 @@ def test_small_frames_and_credit_go_before_headers_and_headers_before_chunks():
 
 
 def test_large_payloads_take_turns():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     for call in (1, 3):
         asking(outbox, call, bytes(2000))
     assert sent(outbox)[2:] == [(1, 1000), (3, 1000), (1, 1000), (3, 1000)]
 
 
 def test_a_chunk_is_cut_from_many_buffers_without_copying():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     buffers = [bytearray(b"ab" * 300), b"", bytearray(b"cd" * 300)]
     asking(outbox, 1, *buffers)
     outbox.next_frame()
@@ -72,7 +73,7 @@ def test_a_chunk_is_cut_from_many_buffers_without_copying():
 
 
 def test_parts_of_one_answer_come_one_after_the_other():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     outbox.open(1)
     first, second = Reply(id=1, body=b"1", size=1500), Reply(id=1, body=b"2")
     outbox.add(1, first, views_of([bytes(1500)]))
@@ -84,7 +85,7 @@ def test_parts_of_one_answer_come_one_after_the_other():
 
 
 def test_the_frame_that_ends_a_call_says_so():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     outbox.open(7)
     outbox.add(7, Reply(id=7))
     outbox.add(7, End(id=7), last=True)
@@ -93,7 +94,7 @@ def test_the_frame_that_ends_a_call_says_so():
 
 
 def test_a_call_without_credit_waits_and_does_not_hold_up_others():
-    outbox = Outbox(2**20)
+    outbox = Outbox(2**20, SMALL_FRAMES)
     asking(outbox, 1, bytes(FIRST_WINDOW_BYTES + 10))
     outbox.granted(CONNECTION, 2**20)
     assert sent(outbox)[1:] == [(1, FIRST_WINDOW_BYTES)]
@@ -109,7 +110,7 @@ def test_a_call_without_credit_waits_and_does_not_hold_up_others():
 
 
 def test_without_credit_of_the_connection_no_chunk_goes_but_headers_do():
-    outbox = Outbox(2**20)
+    outbox = Outbox(2**20, SMALL_FRAMES)
     for call in (1, 3):
         asking(outbox, call, bytes(FIRST_WINDOW_BYTES))
     assert sent(outbox)[2:] == [(1, FIRST_WINDOW_BYTES)]
@@ -122,13 +123,13 @@ def test_without_credit_of_the_connection_no_chunk_goes_but_headers_do():
 
 
 def test_credit_for_a_call_that_is_gone_means_nothing():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     outbox.granted(9, 10)
     assert sent(outbox) == []
 
 
 def test_a_call_that_is_closed_sends_nothing_more():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     for call in (1, 3, 5):
         asking(outbox, call, bytes(2000))
     outbox.announce(1, 10)
@@ -142,7 +143,7 @@ def test_a_call_that_is_closed_sends_nothing_more():
 
 
 def test_a_call_that_is_cleared_may_say_something_else_instead():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     asking(outbox, 1, bytes(5000))
     outbox.next_frame()
     outbox.next_frame()
@@ -152,7 +153,7 @@ def test_a_call_that_is_cleared_may_say_something_else_instead():
 
 
 def test_answers_that_pile_up_unread_break_the_rules():
-    outbox = Outbox(CHUNK)
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
     for n in range(SMALL_FRAMES):
         outbox.put(Ping(n=n))
     with pytest.raises(MalformedMessage, match=r"exchange\.not_reading"):

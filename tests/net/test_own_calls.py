@@ -69,6 +69,20 @@ def test_parts_that_nobody_takes_stop_the_sender():
     assert a.over == [CallEnded(call)]
 
 
+def test_credit_that_was_held_back_comes_when_parts_are_taken_and_none_is_on_its_way():
+    a, b = pair()
+    call = asking(a)
+    pump(a, b)
+    for size in (MIB + 1, CHUNK, CHUNK):
+        b.core.reply(call, b"", [bytes(size)])
+    pump(a, b)
+    assert len(a.parts) == 3
+    window = a.core._own._calls[call].window
+    before = window._left + window._freed
+    a.core.taken(call, MIB + 1)
+    assert window._left + window._freed >= before + 2 * CHUNK
+
+
 def test_taking_a_part_of_a_call_that_is_over_means_nothing():
     a, b = pair()
     call = asking(a)

@@ -7,7 +7,6 @@ import pytest
 from p2pmoe.errors import LocalProtocolError
 from p2pmoe.net.calls import CallArrived, CallCancelled, CallEnded, PartArrived
 from p2pmoe.net.messages import Cancel, Chunk, End
-from p2pmoe.net.outbox import SMALL_FRAMES
 from p2pmoe.net.quota import QuotaParams, Rate
 from tests.net.sides import MIB, Side, asking, pair, pump, request, violation
 
@@ -122,9 +121,10 @@ def test_an_answer_that_was_given_is_not_added_to():
 
 
 def test_answers_that_nobody_reads_are_bounded():
-    b = Side(dialler=False, limits=QuotaParams(calls_a_peer=0, refusals=Rate(1, 10_000)))
+    limits = QuotaParams(calls_a_peer=0, refusals=Rate(1, 10_000))
+    b = Side(dialler=False, limits=limits)
     with violation("exchange.not_reading"):
-        for n in range(SMALL_FRAMES + 1):
+        for n in range(limits.small_frames + 1):
             b.receive(request(2 * n + 1))
 
 
@@ -141,6 +141,17 @@ def test_a_payload_that_is_late_ends_its_call_and_nothing_else():
     pump(a, b)
     assert a.over == [CallEnded(call, "timeout", "the payload did not come in time")]
     assert [x.id for x in b.arrived] == [in_time]
+
+
+def test_of_two_late_payloads_each_ends_at_its_own_deadline():
+    b = Side(dialler=False)
+    b.receive(request(1, 10, budget_ms=5000))
+    b.receive(request(3, 10, budget_ms=2000))
+    for now, left in ((2.0, 1), (5.0, 0)):
+        assert b.core.next_deadline() == now
+        b.core.tick(now)
+        b.sent()
+        assert b.account.calls == left
 
 
 def test_ids_say_which_calls_were_taken():

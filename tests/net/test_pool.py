@@ -392,7 +392,10 @@ async def test_a_failed_dial_does_not_matter_where_the_peer_has_dialled(autojump
 
 async def test_the_peers_that_are_remembered_are_bounded(autojump_clock):
     async with world() as w:
-        a, b = await w.peer(0, params=PoolParams(peers_remembered=2)), await w.peer(1)
+        a, b = (
+            await w.peer(0, params=PoolParams(quota=QuotaParams(peers_remembered=2))),
+            await w.peer(1),
+        )
         await a.pool.call(b.contact, "echo", b"")
         for n in range(5, 12):
             with pytest.raises(PeerUnreachable):

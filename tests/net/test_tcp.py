@@ -19,9 +19,9 @@ from p2pmoe.errors import (
     ConfigurationError,
     PeerUnreachable,
 )
-from p2pmoe.net import tcp
-from p2pmoe.net.tcp import MAX_STRANGERS, Lobby, TcpTransport
-from p2pmoe.net.tls import Tls
+from p2pmoe.net.lobby import Lobby
+from p2pmoe.net.quota import QuotaParams
+from p2pmoe.net.tcp import TcpTransport
 from p2pmoe.net.transport import Channel, Transport
 from p2pmoe.wire.address import Address
 from tests.net.loopback import (
@@ -127,7 +127,7 @@ async def test_an_address_that_does_not_answer_is_given_up(autojump_clock: objec
     trio.socket.set_custom_hostname_resolver(Names({"bob.example": []}))
     with pytest.raises(PeerUnreachable, match=r"connect: no answer within 5 s") as caught:
         await transport(credentials(ALICE)).dial(Address("bob.example", 4747), None)
-    assert caught.value.elapsed == pytest.approx(tcp.CONNECT_LIMIT)
+    assert caught.value.elapsed == pytest.approx(QuotaParams().connect)
 
 
 async def test_every_address_of_a_name_is_tried() -> None:
@@ -204,7 +204,6 @@ async def test_a_server_without_descriptors_accepts_again_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     events = Events(monkeypatch)
-    monkeypatch.setattr(tcp, "ACCEPT_PAUSE", 0)
     accept, failures = trio.SocketListener.accept, [errno.EMFILE, errno.ENFILE]
 
     async def scarce(self: trio.SocketListener) -> trio.SocketStream:
@@ -214,7 +213,8 @@ async def test_a_server_without_descriptors_accepts_again_later(
         return await accept(self)
 
     monkeypatch.setattr(trio.SocketListener, "accept", scarce)
-    async with bob() as server, dialled(server.address) as channel:
+    quota = QuotaParams(accept_pause=0)
+    async with bob(quota=quota) as server, dialled(server.address) as channel:
         assert await echoed(channel) == SECRET
         assert (await events.next("net.accept.failed"))["level"] == "warning"
     assert failures == []
@@ -251,59 +251,26 @@ async def test_clients_that_come_and_go_leave_no_descriptor() -> None:
 
 
 # ------------------------------------------------------------------ the room for strangers
-async def test_no_more_handshakes_go_on_at_once_than_there_is_room_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    inside, leave = 0, trio.Event()
-    entered, proving = trio.open_memory_channel[int](10)
-
-    async def slow(self: Tls, stream: trio.abc.Stream, remote: Address) -> Channel:
-        nonlocal inside
-        inside += 1
-        entered.send_nowait(inside)
-        await leave.wait()
-        inside -= 1
-        raise PeerUnreachable("enough")
-
-    monkeypatch.setattr(tcp, "MAX_HANDSHAKES", 2)
-    monkeypatch.setattr(Tls, "accepted", slow)
-    async with bob() as server:
+async def test_a_stranger_that_dawdles_makes_room_for_one_that_comes_later() -> None:
+    async with bob(quota=QuotaParams(strangers=2)) as server:
         host, port = server.address.host, server.address.port
-        streams = [await trio.open_tcp_stream(host, port) for _ in range(4)]
+        streams = [await trio.open_tcp_stream(host, port) for _ in range(3)]
         with trio.fail_after(WITHIN):
-            assert [await proving.receive() for _ in range(2)] == [1, 2]
-            await trio.testing.wait_all_tasks_blocked(0.01)
-            assert inside == 2
-            leave.set()
-            assert max([await proving.receive() for _ in range(2)]) <= 2
+            assert await streams[0].receive_some() == b""  # the first was sent away
+            async with dialled(server.address) as channel:
+                assert await echoed(channel) == SECRET
+            assert await streams[1].receive_some() == b""
         for stream in streams:
             await stream.aclose()
 
 
-async def test_a_crowd_from_one_address_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Lobby, "enter", lambda self, host: False)
+async def test_a_crowd_from_one_address_is_turned_away_and_that_is_an_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = Events(monkeypatch)
+    monkeypatch.setattr(Lobby, "enter", lambda *args: None)
     async with bob() as server:
         with pytest.raises(PeerUnreachable, match="tls: "):
             await transport(credentials(ALICE)).dial(server.address, None)
+        assert (await events.next("net.handshake.refused"))["code"] == "busy"
         assert server.channels == []
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "192.168.1.7", "10.0.0.1", "fe80::1", "fd00::1"])
-def test_a_home_or_a_cluster_behind_one_address_is_no_crowd(host: str) -> None:
-    lobby = Lobby()
-    assert all(lobby.enter(host) for _ in range(100))
-
-
-@pytest.mark.parametrize(("host", "neighbour"), [("8.8.8.8", "8.8.8.9"), ("2a00::1", "2a01::1")])
-def test_strangers_of_one_global_address_find_room_for_a_few(host: str, neighbour: str) -> None:
-    lobby = Lobby()
-    assert [lobby.enter(host) for _ in range(MAX_STRANGERS + 1)] == [True] * MAX_STRANGERS + [False]
-    assert lobby.enter(neighbour)
-    lobby.leave(host)
-    assert lobby.enter(host)
-
-
-def test_addresses_of_one_ipv6_site_count_as_one() -> None:
-    lobby = Lobby()
-    assert all(lobby.enter(f"2a00::{n:x}") for n in range(MAX_STRANGERS))
-    assert not lobby.enter("2a00::ffff")

@@ -24,16 +24,16 @@ from p2pmoe.errors import (
     VersionMismatch,
 )
 from p2pmoe.identity import KeyPair, network_id
-from p2pmoe.net import tls
 from p2pmoe.net.certificates import issue, make_authority
+from p2pmoe.net.quota import QuotaParams
 from p2pmoe.net.tls import (
-    HANDSHAKE_LIMIT,
-    LINGER_LIMIT,
     OPEN_FROM,
     OPEN_UNTIL,
     Credentials,
     Tls,
+    _as_file,
     explain,
+    make_context,
 )
 from tests.net.strangers import (
     ADDRESS,
@@ -190,7 +190,7 @@ async def test_a_silent_stranger_has_five_seconds(autojump_clock: Any, dials: bo
     begun = trio.current_time()
     with pytest.raises(PeerUnreachable, match=r"no handshake within 5 s"):
         await proved(Tls(credentials(ALICE)), here, dials=dials)
-    assert trio.current_time() - begun == pytest.approx(HANDSHAKE_LIMIT)
+    assert trio.current_time() - begun == pytest.approx(QuotaParams().handshake)
     with pytest.raises(trio.BrokenResourceError):
         await there.send_all(b"hello")  # closed on the other side
 
@@ -216,11 +216,11 @@ async def test_a_refused_stranger_cannot_hold_the_server_by_going_on(autojump_cl
     await there.send_all(b"GET / HTTP/1.1\r\n\r\n")  # and neither reads nor closes
     with pytest.raises(PeerUnreachable):
         await Tls(credentials(ALICE)).accepted(here, ADDRESS)
-    assert trio.current_time() - begun == pytest.approx(LINGER_LIMIT)
+    assert trio.current_time() - begun == pytest.approx(QuotaParams().linger)
 
 
-async def test_a_refused_stranger_cannot_send_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls, "LINGER_LIMIT", 60.0)
+async def test_a_refused_stranger_cannot_send_without_end() -> None:
+    quota = QuotaParams(linger=60.0)
     here, there = trio.testing.memory_stream_pair()
 
     async def pour() -> None:
@@ -232,7 +232,7 @@ async def test_a_refused_stranger_cannot_send_without_end(monkeypatch: pytest.Mo
         async with trio.open_nursery() as writes:
             writes.start_soon(pour)
             with pytest.raises(PeerUnreachable):
-                await Tls(credentials(ALICE)).accepted(here, ADDRESS)
+                await Tls(credentials(ALICE), quota).accepted(here, ADDRESS)
 
 
 async def test_a_cancelled_handshake_closes_its_stream() -> None:
@@ -285,7 +285,7 @@ def test_the_key_is_in_a_file_only_while_it_is_read_and_for_the_owner_alone(
 ) -> None:
     if not in_memory:
         monkeypatch.delattr(os, "memfd_create")
-    with tls._as_file(b"secret") as name:
+    with _as_file(b"secret") as name:
         path = Path(name)
         assert path.read_bytes() == b"secret"
         assert in_memory or stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -295,7 +295,7 @@ def test_the_key_is_in_a_file_only_while_it_is_read_and_for_the_owner_alone(
 @pytest.mark.parametrize("protocol", [ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER])
 def test_a_context_leaves_nothing_to_its_defaults(protocol: int) -> None:
     own = credentials(ALICE)
-    context = tls.make_context(own, protocol)
+    context = make_context(own, protocol)
     assert context.minimum_version == context.maximum_version == ssl.TLSVersion.TLSv1_3
     assert context.verify_mode == ssl.CERT_REQUIRED
     assert context.get_ca_certs(binary_form=True) == [own.authority.public_bytes(Encoding.DER)]
