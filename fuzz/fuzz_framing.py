@@ -3,6 +3,7 @@
 from p2pmoe.errors import MalformedMessage
 from p2pmoe.wire.framing import PREFIX, FrameLimits, FrameReader, frame_prefix
 
+MAX_INPUT = 256  # bytes; five of the longest frames
 LIMITS = FrameLimits(header_bytes=16, payload_bytes=32)
 
 
@@ -20,15 +21,20 @@ def read(stream: bytes, size: int) -> tuple[list[tuple[bytes, bytes]], str | Non
 
 def fuzz_one(data: bytes) -> None:
     stream = data[1:]
-    frames, why, inside = read(stream, 1)
-    for size in (len(stream) or 1, data[0] % 61 + 1 if data else 1):
-        assert read(stream, size)[1:] == (why, inside)
-        if why is None:
-            assert read(stream, size)[0] == frames
+    frames, why, inside = read(stream, len(stream) or 1)
+    pieces = read(stream, data[0] % 16 + 1 if data else 1)
+    assert pieces[1:] == (why, inside)
+    if why is None:  # frames in front of an error are given out when they came before it
+        assert pieces[0] == frames
+    frames = pieces[0]
+    for head, body in frames:
+        assert 0 < len(head) <= LIMITS.header_bytes
+        assert len(body) <= LIMITS.payload_bytes
     again = b"".join(frame_prefix(len(head), len(body)) + head + body for head, body in frames)
     assert stream.startswith(again)
     if why is None:
         assert inside == (again != stream)
+        assert len(stream) - len(again) < PREFIX.size + LIMITS.header_bytes + LIMITS.payload_bytes
     else:
         assert why.startswith("frame.")
         assert len(stream) >= len(again) + PREFIX.size
