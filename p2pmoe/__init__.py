@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from p2pmoe import errors as errors
     from p2pmoe import nn as nn
+    from p2pmoe.gossip.service import Member as Member
     from p2pmoe.identity import KeyPair as KeyPair
     from p2pmoe.identity import PeerId as PeerId
     from p2pmoe.node import Node as Node
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Address": "p2pmoe.wire.address",
     "KeyPair": "p2pmoe.identity",
+    "Member": "p2pmoe.gossip.service",
     "Node": "p2pmoe.node",
     "NodeConfig": "p2pmoe.node",
     "PeerId": "p2pmoe.identity",

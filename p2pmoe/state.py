@@ -2,6 +2,7 @@
 
     key.pem   the identity, 0600, made at the first start
     epoch     the last epoch used, milliseconds since 1970, as text
+    peers     the live members that it knew last, a line each: when (ms since 1970), and the record
     lock      held while a process uses the folder, so that two never share a key
 
 The folder belongs to one process from `open_state` until that block ends.
@@ -9,28 +10,53 @@ The folder belongs to one process from `open_state` until that block ends.
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from p2pmoe import telemetry
 from p2pmoe.errors import StateError
 from p2pmoe.identity import KeyPair
 
 KEY_FILE = "key.pem"
 EPOCH_FILE = "epoch"
+PEERS_FILE = "peers"
 LOCK_FILE = "lock"
+MOST_PEERS = 256  # that are remembered: 220 KB at most; a guess
+MOST_LINE_BYTES = 1024  # of one; a record of 600 bytes takes 800, and the time 14
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a start found: the identity, its new epoch (ms), and whether this key ran before."""
+    """What a start found: the identity, its new epoch (ms), and whether this key ran before.
+
+    `peers` are sealed records, not yet verified, of members that were alive at its last run.
+    """
 
     keys: KeyPair
     epoch: int
     ran_before: bool
+    folder: Path | None = None
+    peers: tuple[bytes, ...] = ()
+
+    def remember(self, peers: Sequence[bytes], now_ms: int) -> None:
+        """Write down the first of these records; blocking. Without a folder, nothing happens."""
+        if self.folder is None:
+            return
+        lines = [f"{now_ms} {base64.b64encode(raw).decode()}\n" for raw in peers[:MOST_PEERS]]
+        try:
+            _replace(self.folder / PEERS_FILE, "".join(lines))
+        except OSError as error:
+            telemetry.emit(
+                "state.peers.unwritten",
+                level="warning",
+                error=error.strerror,
+                advice="free some space, or a restart will need --peer",
+            )
 
 
 @contextmanager
@@ -52,7 +78,7 @@ def open_state(folder: Path, now_ms: int) -> Iterator[State]:
         last = _last_epoch(folder)
         epoch = max(now_ms, last + 1)
         _save_epoch(folder, epoch)
-        yield State(keys, epoch, ran_before=last > 0)
+        yield State(keys, epoch, last > 0, folder, _last_peers(folder))
     finally:
         os.close(lock)
 
@@ -89,9 +115,31 @@ def _last_epoch(folder: Path) -> int:
 
 
 def _save_epoch(folder: Path, epoch: int) -> None:
-    fresh = folder / (EPOCH_FILE + ".new")
     try:
-        fresh.write_text(f"{epoch}\n")
-        fresh.replace(folder / EPOCH_FILE)
+        _replace(folder / EPOCH_FILE, f"{epoch}\n")
     except OSError as error:
         raise StateError(f"cannot write {folder / EPOCH_FILE}: {error.strerror}") from None
+
+
+def _replace(file: Path, content: str) -> None:
+    """Write a file so that it has all of the content or the old one."""
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(content)
+    fresh.replace(file)
+
+
+def _last_peers(folder: Path) -> tuple[bytes, ...]:
+    """The records of the last run. A file that is not right costs what it holds, not the start."""
+    file = folder / PEERS_FILE
+    try:
+        with file.open("rb") as lines:
+            read = [lines.readline(MOST_LINE_BYTES) for _ in range(MOST_PEERS)]
+        return tuple(base64.b64decode(line.split()[1], validate=True) for line in read if line)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, IndexError) as error:
+        advice = "it is ignored: give --peer if the swarm is not found"
+        telemetry.emit(
+            "state.peers.unreadable", level="warning", file=file, error=error, advice=advice
+        )
+        return ()

@@ -86,7 +86,9 @@ class Bridge:
         self._token.set_result(trio.lowlevel.current_trio_token())
         with self._life:
             async with open_it() as node:
-                await self.serve(lambda: opened.set_result(node))
+                self._life = trio.CancelScope()  # `stop` ends the serving: the node says goodbye
+                with self._life:
+                    await self.serve(lambda: opened.set_result(node))
 
     async def serve(self, started: Callable[[], None]) -> None:
         """Answer calls; when it is cancelled, those that still run end with `NodeClosed`."""
@@ -117,7 +119,7 @@ class Bridge:
 
     def stop(self) -> None:
         """End `live`, from any thread."""
-        self._soon(self._life.cancel)
+        self._soon(lambda: self._life.cancel())
 
     def _soon(self, function: Callable[..., object], *args: object) -> None:
         try:

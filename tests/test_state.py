@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from p2pmoe.errors import KeyFileError, StateError
-from p2pmoe.state import open_state
+from p2pmoe.identity import KeyPair
+from p2pmoe.state import MOST_PEERS, State, open_state
 
 
 def test_the_first_start_makes_a_key_that_only_its_owner_may_read(tmp_path: Path) -> None:
@@ -53,3 +54,36 @@ def test_an_epoch_that_is_no_number_is_named(tmp_path: Path, content: bytes) -> 
     (tmp_path / "epoch").write_bytes(content)
     with pytest.raises(StateError, match="epoch"):
         open_state(tmp_path, now_ms=1).__enter__()
+
+
+def test_peers_that_are_remembered_are_there_at_the_next_start(tmp_path: Path) -> None:
+    with open_state(tmp_path, now_ms=1) as state:
+        assert state.peers == ()
+        state.remember([b"one", b"two"], now_ms=5)
+        state.remember([bytes([n % 256]) * 600 for n in range(1000)], now_ms=6)
+    with open_state(tmp_path, now_ms=2) as again:
+        assert len(again.peers) == MOST_PEERS
+        assert again.peers[3] == bytes([3]) * 600
+
+
+def test_without_a_folder_nothing_is_remembered() -> None:
+    State(KeyPair.generate(), 1, ran_before=False).remember([b"one"], now_ms=5)
+
+
+@pytest.mark.parametrize("content", [b"soon", b"1 !!!!\n", b"\xff\xfe\n", b"1 " + b"A" * 5000])
+def test_a_peers_file_that_is_not_right_is_ignored_with_a_warning(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "peers").write_bytes(content)
+    with open_state(tmp_path, now_ms=1) as state:
+        assert state.peers == ()
+    assert "state.peers.unreadable" in capsys.readouterr().err
+
+
+def test_a_peers_file_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_state(tmp_path, now_ms=1) as state:
+        (tmp_path / "peers.new").mkdir()
+        state.remember([b"one"], now_ms=5)
+    assert "state.peers.unwritten" in capsys.readouterr().err

@@ -20,11 +20,12 @@ from p2pmoe.cli.verbs import VERBS, load_verb
 from p2pmoe.errors import P2PMoEError
 
 OK, BUG, USAGE, INTERRUPTED = 0, 1, 2, 130
-NOT_RUNNING = 3
+NOT_RUNNING, UNHEALTHY = 3, 4
 CONFIGURATION = 78
 
 # The first match counts. Numbers from sysexits.h where it has one.
 EXIT_CODES: tuple[tuple[type[P2PMoEError], int], ...] = (
+    (errors.DuplicateIdentity, UNHEALTHY),
     (errors.PeerUnreachable, 69),
     (errors.StateError, 73),
     (errors.CallTimeout, 75),

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from p2pmoe.cli.settings import NETWORK, spelling
+from p2pmoe.cli.settings import NETWORK, spelling, state_folder
 from p2pmoe.cli.units import DURATION
 from p2pmoe.cli.verbs import Verb
 
@@ -122,7 +122,7 @@ class NodeVerb(Verb):
     help="Stop after so long.",
 )
 def command(**options: Any) -> None:
-    r"""Serve experts of a swarm, or only help its members to find each other.
+    """Serve experts of a swarm, or only help its members to find each other.
 
     The first node of a swarm has --new-swarm and says what its grids are. Those that join name any
     peer of it, and how many experts they have room for:
@@ -130,7 +130,7 @@ def command(**options: Any) -> None:
     \b
     p2pmoe node --new-swarm --grid 'ffn.[0:8].[0:8]' --hidden-dim 512 --experts 16
     p2pmoe node --peer 192.168.1.20:4747 --experts 16
-    """
+    """  # noqa: D301  click wants the character itself
     _check(options)
     from p2pmoe.cli.serving import run_node
 
@@ -143,7 +143,8 @@ def _check(options: dict[str, Any]) -> None:
     serves = options["experts"] or options["uids"] or options["grids"]
     if options["new_swarm"] and joins:
         _refuse("--new-swarm begins a swarm and --peer joins one: give one of them")
-    if not joins and serves and not options["grids"]:
+    known = ((options["state_dir"] or state_folder()) / "peers").exists()  # of its last run
+    if not (joins or known) and serves and not options["grids"]:
         _refuse("experts of which grid? Give a --grid, or join a swarm that has one by --peer")
     if options["client_only"] and serves:
         _refuse("a node with experts accepts connections: leave out --client-only")

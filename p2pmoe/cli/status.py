@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HERE = "127.0.0.1"
 GOODBYE = 1.0  # seconds; nobody waits for a verb that only asks
 EXPERTS = "experts"  # the section of a node's answer that a server adds
+STATES = ("alive", "suspect", "dead", "left")  # of members
 COLUMNS = {
     "calls_per_second": "calls/s",
     "updates_per_second": "updates/s",
@@ -102,6 +103,7 @@ def facts_of(address: Address, before: NodeStatus, after: NodeStatus) -> dict[st
     }
     calls = sum(each["calls"] for each in experts.values())
     took = sum(each["calls"] * each["latency_ms"] for each in experts.values())
+    membership = _rows(after, "membership")
     return {
         "address": str(address),
         "peer": after.peer.hex(),
@@ -112,6 +114,8 @@ def facts_of(address: Address, before: NodeStatus, after: NodeStatus) -> dict[st
         "updates_per_second": round(sum(e["updates_per_second"] for e in experts.values()), 1),
         "latency_ms": round(took / max(1, calls), 2),
         "errors": sum(each["errors"] for each in experts.values()),
+        "members": membership.get("members", {}),
+        "own": membership.get("own", {}),
         "experts": experts,
         "figures": after.figures,
         "sections": {name: _rows(after, name) for name in after.sections if name != EXPERTS},
@@ -152,6 +156,10 @@ def _show(facts: dict[str, Any]) -> None:
         f"  {facts['calls_per_second']} calls/s  {facts['updates_per_second']} updates/s"
         f"  {facts['latency_ms']:.1f} ms  {facts['errors']} errors"
     )
+    if facts["members"]:
+        counts = ", ".join(f"{facts['members'][state]} {state}" for state in STATES)
+        own = facts["own"]
+        print(f"members {counts}  load {own['load'] / 10:.0f} %  {own['free_slots']} free slots")
     if facts["experts"]:
         table = Table("expert", *COLUMNS.values(), box=box.SIMPLE)
         for uid, row in facts["experts"].items():

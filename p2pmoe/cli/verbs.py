@@ -26,7 +26,13 @@ VERBS = {
     "node": "Serve experts of a swarm, or help its members to find each other.",
     "demo": "Train on real digits over a swarm of processes on this machine.",
     "status": "Ask a node what it sees and what it does.",
+    "experts": "List who serves which expert of a swarm, under which lease.",
+    "records": "Show which peers hold what under a key, and where they disagree.",
     "call": "Send random rows to one expert and print what comes back.",
+    "peers": "List the members of the swarm, as a node sees them.",
+    "ping": "Reach a peer step by step, and say how long each step takes.",
+    "bench": "Measure how fast this installation is, and compare it to others.",
+    "simulate": "Run the membership or the DHT of thousands of peers in virtual time.",
     "key": "Print the public key and the id of this machine's node.",
     "version": "Print the versions of p2pmoe and of what it stands on.",
 }

@@ -1,8 +1,9 @@
 """A grid as it stands: its manifest, which cells are served, by whom, and where those peers are.
 
 `read_grid` reads it all, prefix by prefix. `GridWatch` does so again and again in the background,
-so that a training step looks nothing up. A server that is lost or refuses to be dialled leaves the
-view at once and comes back when it answers; its lease may say otherwise for up to 30 s.
+so that a training step looks nothing up. A server that is lost, left, failed or refuses to be
+dialled leaves the view at once and comes back when it answers; its lease may say otherwise for up
+to 30 s. One that is suspected stays, marked as one to ask last.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ MOST_CELLS = 4096  # prefixes of one length, and cells, that one reading follows
 
 @dataclass(frozen=True, slots=True)
 class GridReading:
-    """One reading of a grid. `grid` is the hash of its manifest, `cells` the leases by uid."""
+    """One reading of a grid. `grid` is the hash of its manifest, `cells` the leases by uid.
+
+    The peers in `doubted` may have failed: others are asked first.
+    """
 
     manifest: Signed[Manifest]
     grid: bytes
     cells: Mapping[str, LeaseView]
     contacts: Mapping[PeerId, Contact]
+    doubted: frozenset[PeerId] = frozenset()
 
 
 async def read_grid(
@@ -145,7 +150,7 @@ class GridWatch:
             return
         if sign is Sign.CAME:
             self._lost.discard(peer)
-        else:
+        elif sign is not Sign.DOUBTED:
             self._doubted.add(peer)
             self.poke()
         if sign is Sign.GONE:
@@ -162,7 +167,8 @@ class GridWatch:
             for uid, view in self._read.cells.items()
             if view.peer not in self._lost and view.expires_at > now
         }
-        shown = replace(self._read, cells=cells)
+        doubted = frozenset(filter(self._dht.suspected, self._read.contacts))
+        shown = replace(self._read, cells=cells, doubted=doubted)
         if shown != self.current:
             self.current = shown
             changed, self._changed = self._changed, trio.Event()

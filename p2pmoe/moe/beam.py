@@ -14,6 +14,7 @@ is wanted once.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,21 @@ class BeamParams:
 
     width: int
     spare: int = 16  # lookups beyond `width` among first coordinates and among cells; a guess
+
+
+def guesses(scores: Sequence[Sequence[float]], width: int) -> list[Place]:
+    """What a search of a full grid would want after the empty prefix: `width` places a length.
+
+    To look them up at once, before anything is known, takes one round instead of one a dimension.
+    """
+    found: list[Place] = []
+    best: list[tuple[float, Place]] = [(0.0, ())]
+    for part in scores:
+        ones = heapq.nsmallest(width, ((-score, one) for one, score in enumerate(part)))
+        longer = ((total + less, (*place, one)) for total, place in best for less, one in ones)
+        best = heapq.nsmallest(width, longer)
+        found += [place for _, place in best]
+    return found
 
 
 class BeamSearch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
+from itertools import chain, islice
 
 import trio
 
@@ -16,10 +17,11 @@ from p2pmoe.dht.leases import LeaseView
 from p2pmoe.dht.service import DhtService, PrefixView
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.uid import Prefix
-from p2pmoe.moe.beam import BeamParams, BeamSearch, Place
+from p2pmoe.moe.beam import BeamParams, BeamSearch, Place, guesses
 
 FRESH = 10.0  # seconds for which a prefix is not read again; one renewal of a lease
 MOST_PREFIXES = 65_536  # that are remembered; a guess
+MOST_GUESSES = 64  # places that are looked up before anything is known; a guess
 ROWS_AT_ONCE = 64  # rows between two looks at the network; about 5 ms, a guess
 
 
@@ -44,8 +46,11 @@ class GridSearch:
     async def find(self, scores: Sequence[Sequence[Sequence[float]]], params: BeamParams) -> None:
         """Add to `cells` the best ones of each row. A row has scores for each dimension."""
         searches = [BeamSearch(row, params) for row in scores]
+        wanted: dict[Place, list[BeamSearch]] = {}
+        if () not in self._prefixes:  # nothing is known yet: take the grid for a full one
+            rows = (guesses(row, params.width) for row in scores)
+            wanted = {place: [] for place in islice(chain.from_iterable(rows), MOST_GUESSES)}
         while searches:
-            wanted: dict[Place, list[BeamSearch]] = {}
             for index, search in enumerate(searches):
                 for place in search.wanted():
                     wanted.setdefault(place, []).append(search)
@@ -56,6 +61,7 @@ class GridSearch:
                 for search in asking:
                     self._tell(search, place)
             searches = [search for search in searches if not search.done]
+            wanted = {}
 
     def _tell(self, search: BeamSearch, place: Place) -> None:
         """What is known of a place now."""

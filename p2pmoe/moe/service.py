@@ -2,8 +2,9 @@
 
 A cell is in the view when its server has said what its expert takes, and leaves it when a call
 finds the server gone or the lease lost, until it has said so again. So a training step asks nobody
-who is known to be dead, and looks nothing up. A crossing makes one call a peer, or few; answers are
-taken part by part, and what `Quorum` no longer waits for is cancelled on both sides.
+who is known to be dead, and looks nothing up; who may have failed is asked last. A crossing makes
+one call a peer, or few; answers are taken part by part, and what `Quorum` no longer waits for is
+cancelled on both sides.
 
 Rules: everything here runs in Trio's thread but `view`, which any thread may read; it is replaced,
 never changed. Failures of peers are counted and returned, part by part, never raised.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -285,7 +286,8 @@ class MixtureService:
         for uid, lease in self._leases().items():
             known = self._known.get(uid)
             if known and (known.number, known.peer) == (lease.number, lease.peer):
-                cells += [known.cell] if known.cell else []
+                doubted = reading is not None and lease.peer in reading.doubted
+                cells += [replace(known.cell, doubted=doubted)] if known.cell else []
             else:
                 unknown.setdefault(lease.peer, {})[uid] = lease.number
         if reading and cells != self._cells:

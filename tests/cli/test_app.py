@@ -44,6 +44,7 @@ CODES = {
     "StateError": 73,
     "KeyFileError": 73,
     "AddressInUse": 98,
+    "DuplicateIdentity": 4,
 }
 
 

@@ -13,12 +13,12 @@ import torch
 
 from p2pmoe.cli import demo_model, demo_training
 from p2pmoe.cli.demo_model import BATCH, CLASSES, FEATURES, Classifier, LocalMixture, Trainer
-from p2pmoe.cli.demo_servers import Servers, open_servers
 from p2pmoe.cli.demo_training import CELLS, GRIDS, RECOVERY, DemoOptions, DemoResult, Run, Tally
 from p2pmoe.cli.demo_view import PlainView, open_view, rounded, show_summary
 from p2pmoe.errors import CallTimeout, RemoteError
 from p2pmoe.experts.blocks import FeedForward
 from p2pmoe.moe.gating import Gate
+from p2pmoe.testing.processes import Servers, open_servers
 
 ISSUED = {
     "accuracy",

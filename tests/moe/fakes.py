@@ -189,6 +189,7 @@ class Watch:
         self.name = NAME
         self.current: Any = None
         self.pokes = 0
+        self.doubted: frozenset[PeerId] = frozenset()
         self._changed = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -206,6 +207,7 @@ class Watch:
             grid=bytes(32),
             cells={uid: SimpleNamespace(peer=p, number=n) for uid, (p, n) in leases.items()},
             contacts={},
+            doubted=self.doubted,
         )
         self._changed.set()
         self._changed = trio.Event()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pmoe.moe.beam import BeamParams, BeamSearch, Place
+from p2pmoe.moe.beam import BeamParams, BeamSearch, Place, guesses
 
 
 class Grid:
@@ -115,3 +115,19 @@ def test_a_grid_that_nobody_serves_gives_nothing(answer: str) -> None:
     assert search.done
     assert search.wanted() == []
     assert search.result() == []
+
+
+def test_on_a_full_grid_the_guesses_are_what_a_search_wants() -> None:
+    scores = [[0.1, 0.9, 0.5], [0.3, 0.3, 0.8]]
+    search = BeamSearch(scores, BeamParams(width=2))
+    wanted = search.wanted()
+    search.told((), range(3))
+    for place in search.wanted():
+        wanted.append(place)
+        search.told(place, range(3))
+    wanted += search.wanted()
+    assert wanted == [(), *guesses(scores, 2)]
+
+
+def test_there_are_no_more_guesses_than_places() -> None:
+    assert guesses([[1.0], [2.0, 3.0]], 4) == [(0,), (0, 1), (0, 0)]

@@ -440,9 +440,23 @@ def test_a_data_loader_with_workers_may_feed_the_layer() -> None:
         assert [layer(x).shape for (x,) in loader] == [(3, D), (3, D)]
 
 
+def test_experts_of_a_server_in_doubt_are_asked_where_others_do_not_suffice() -> None:
+    with swarm_of(GRIDS[0]) as fake:
+        layer = DMoE(fake.swarm, grid="ffn", in_features=D, k_best=2).double()
+        fake.watch.doubted = frozenset({peer(1)})  # it has ffn.0 and ffn.3
+        fake.tell()
+        while not fake.swarm.keep(("mixture", NAME), None).view.doubted_C.any():
+            fake.swarm.stats()
+        _, info = layer(torch.randn(20, D, dtype=torch.float64), return_info=True)
+        asked = {info.uids[at] for at in info.chosen_TK.flatten().tolist()}
+        assert asked <= {"ffn.1", "ffn.2", "ffn.4"}
+
+
 def test_many_threads_may_train_at_once() -> None:
     with swarm_of(GRIDS[0]) as fake:
-        layer = DMoE(fake.swarm, grid="ffn", in_features=D, k_best=5).double()
+        # Time is real here: every part is waited for, however long a busy machine takes.
+        wait = {"k_min": 5, "patience": 30.0}
+        layer = DMoE(fake.swarm, grid="ffn", in_features=D, k_best=5, **wait).double()
         x = torch.randn(4, D, dtype=torch.float64)
         expected = reference(layer, fake.experts, x, 5)
         wrong = []

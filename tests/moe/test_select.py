@@ -48,6 +48,17 @@ def test_fewer_cells_than_k_are_all_chosen() -> None:
     assert select(scores, torch.empty(0, 1, dtype=torch.long), k=4).shape == (1, 0)
 
 
+@pytest.mark.parametrize("at_once", [1 << 24, 8])
+def test_cells_in_doubt_are_chosen_where_others_do_not_suffice(at_once, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
+    scores = [torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])]
+    places = torch.tensor([[0], [1], [2], [3]])
+    doubted = torch.tensor([True, False, False, True])
+    assert select(scores, places, 2, doubted).tolist() == [[1, 2], [2, 1]]
+    assert select(scores, places, 4, doubted).tolist() == [[1, 2, 0, 3], [2, 1, 3, 0]]
+    assert select(scores, places, 2, torch.zeros(4, dtype=torch.bool)).tolist() == [[0, 1], [3, 2]]
+
+
 def test_the_choice_takes_no_part_in_autograd() -> None:
     scores = [torch.randn(2, 3, requires_grad=True)]
     assert not select(scores, torch.tensor([[0], [1]]), k=1).requires_grad

@@ -162,6 +162,24 @@ async def test_a_new_lease_makes_its_holder_speak_again(autojump_clock) -> None:
         assert service.view.uids == ("ffn.1",)
 
 
+async def test_cells_of_a_server_in_doubt_are_marked_until_it_is_well(autojump_clock) -> None:
+    pool, watch = Pool(experts(), ((ROW,), (ROW,))), Watch()
+    watch.tell(MANIFEST, leases(pool))
+    async with running(pool, watch) as service:
+        await service.manifest(5.0)
+        assert not service.view.doubted_C.any()
+        watch.doubted = frozenset({peer(1)})
+        watch.tell(MANIFEST, leases(pool))
+        await trio.sleep(0.1)
+        assert service.view.uids == ("ffn.0", "ffn.2", "ffn.1", "ffn.3")
+        assert service.view.doubted_C.tolist() == [False, False, True, True]
+        watch.doubted = frozenset()
+        watch.tell(MANIFEST, leases(pool))
+        await trio.sleep(0.1)
+        assert not service.view.doubted_C.any()
+        assert len(pool.calls) == 2
+
+
 async def test_all_parts_are_waited_for_as_long_as_grace_allows(autojump_clock) -> None:
     pool, watch = Pool(experts(), ((ROW,), (ROW,))), Watch()
     watch.tell(MANIFEST, leases(pool))
