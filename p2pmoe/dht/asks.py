@@ -1,6 +1,6 @@
 """Questions to one peer: those that come up together travel in one call.
 
-`find`, `get` and `put` each take one question and return its answer, opened and verified. Rules: a
+`find`, `get`, `put` and `mend` each take one question and return its answer, verified. Rules: a
 peer that cannot be reached, does not answer in time or breaks the protocol is marked in
 `Contacts`; every signature in an answer is checked here, so that above only typed values exist.
 """
@@ -8,7 +8,6 @@ peer that cannot be reached, does not answer in time or breaks the protocol is m
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
@@ -23,29 +22,35 @@ from p2pmoe.dht.messages import (
     FIND,
     GET,
     MAX_BATCH,
+    MEND,
     PUT,
     Copy,
     FindRequest,
     FoundReply,
     GetRequest,
     KeyQuery,
+    MendKey,
+    MendReply,
+    MendRequest,
     PutReply,
     PutRequest,
     RecordPut,
     StoredKind,
     Verdict,
 )
+from p2pmoe.dht.reading import Answer, Question
 from p2pmoe.errors import (
     CallTimeout,
     MalformedMessage,
     NodeClosed,
     P2PMoEError,
+    PeerBusy,
     PeerUnreachable,
     RemoteProtocolError,
 )
 from p2pmoe.identity import PeerId
 from p2pmoe.net.pool import Pool
-from p2pmoe.wire import schema
+from p2pmoe.wire import cbor, schema
 from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, open_envelope
 from p2pmoe.wire.peer_record import open_record
 from p2pmoe.wire.schema import Message
@@ -53,6 +58,7 @@ from p2pmoe.wire.schema import Message
 BATCH_BYTES = 40 * 1024  # of records in one put; leaves room in a control frame
 ASK_LIMIT = 3.0  # seconds for a find or a get, dialling included: 5 round trips of 600 ms
 PUT_LIMIT = 8.0  # seconds for a put: its holder may ask others first
+STALLED = 0.25  # seconds that a deadline is late by when the fault is our own; a guess
 LINGER = 0.001  # seconds that a question waits for others to the same peer; a guess
 VERIFY_AT_ONCE = 16  # signatures checked before other tasks get their turn: about 3 ms
 VERIFIED = 4096  # digests of envelopes that were verified; four times a swarm of 1,000
@@ -62,27 +68,8 @@ A = TypeVar("A")
 R = TypeVar("R", bound=Message)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A key to get, and what kind of record lies there."""
-
-    kind: Kind
-    key: bytes
-    after: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What one peer says to a find or a get."""
-
-    closer: tuple[PeerId, ...] = ()
-    records: tuple[RecordCopy[Any], ...] = ()
-    number: int = 0
-    more: bool = False
-
-
 class Asks:
-    """The three questions, each for one peer at a time."""
+    """The four questions, each for one peer at a time."""
 
     def __init__(self, pool: Pool, contacts: Contacts, network: bytes, jobs: Jobs) -> None:
         self._pool, self._contacts, self._network = pool, contacts, network
@@ -91,6 +78,10 @@ class Asks:
         self._gets = _Line[Question, Answer](jobs, self._send_get, lambda _: 80, self._failed)
         self._puts = _Line[Signed[Any], Vote](
             jobs, self._send_put, lambda put: len(put.raw), self._failed
+        )
+
+        self._mends = _Line[tuple[Kind, bytes], None](
+            jobs, self._send_mend, lambda _: 80, self._failed
         )
 
     async def find(self, peer: PeerId, target: bytes) -> Answer:
@@ -104,6 +95,10 @@ class Asks:
     async def put(self, peer: PeerId, record: Signed[Any]) -> Vote:
         """What the peer makes of a record; raises as `find`."""
         return await self._puts.ask(peer, record)
+
+    async def mend(self, peer: PeerId, kind: Kind, key: bytes) -> None:
+        """Tell the peer that others hold more under a key; raises as `find`."""
+        await self._mends.ask(peer, (kind, key))
 
     # ---------------------------------------------------------------------------------- sending
     async def _send_find(self, peer: PeerId, targets: Sequence[bytes]) -> list[Answer]:
@@ -128,19 +123,28 @@ class Asks:
         pairs = zip(records, reply.verdicts, strict=True)
         return [self._open_vote(verdict, record, asked_at) for record, verdict in pairs]
 
+    async def _send_mend(self, peer: PeerId, places: Sequence[tuple[Kind, bytes]]) -> list[None]:
+        keys = tuple(MendKey(kind=cast("StoredKind", kind.value), key=key) for kind, key in places)
+        await self._call(peer, MEND, MendRequest(keys=keys), MendReply, ASK_LIMIT)
+        return [None for _ in places]
+
     async def _call(
         self, peer: PeerId, method: str, request: Message, reply: type[R], limit: float
     ) -> R:
         contact = self._contacts.contact(peer)
         if contact is None:
             raise PeerUnreachable(f"no address of peer {peer} is known", peer=peer.hex)
+        deadline = trio.current_time() + limit
         try:
-            with trio.fail_after(limit):
+            with trio.fail_at(deadline):
                 part = await self._pool.call(contact, method, schema.encode(request))
         except trio.TooSlowError:
+            late = trio.current_time() - deadline
+            if late > STALLED:  # who knows whether the answer waits here
+                raise PeerBusy(f"this peer was stalled for {late:.1f} s") from None
             raise CallTimeout(f"peer {peer} did not answer {method}", peer=peer.hex) from None
         telemetry.count("p2pmoe_dht_requests_total", op=method, result="ok")
-        self._contacts.table.seen(peer)
+        self._contacts.table.seen(peer, trio.current_time())
         return schema.decode(part.body, reply)
 
     def _failed(self, peer: PeerId, error: P2PMoEError) -> None:
@@ -189,8 +193,10 @@ class Asks:
                 await trio.lowlevel.checkpoint()
         return tuple(opened)
 
-    def _open_copy(self, copy: Copy, kind: Kind, key: bytes, asked_at: float) -> RecordCopy[Any]:
-        signed = self.open(copy.record, kind)
+    def _open_copy(
+        self, copy: Copy, kind: Kind | None, key: bytes, asked_at: float
+    ) -> RecordCopy[Any]:
+        signed = self.open(copy.record, kind or _kind_of(copy.record))
         if signed.body.key != key:
             raise MalformedMessage("dht.key", "a record of another key")
         return RecordCopy(signed, asked_at + copy.left_ms / 1000)
@@ -261,6 +267,16 @@ class _Line(Generic[Q, A]):
             if fitting and total > BATCH_BYTES:
                 return fitting
         return min(len(waiting), MAX_BATCH)
+
+
+def _kind_of(raw: bytes) -> Kind:
+    """What an envelope says it is, before anything in it is believed."""
+    fields = cbor.loads(raw)
+    kind = fields[1] if isinstance(fields, list) and len(fields) > 1 else None
+    found = next((known for known in BODY_TYPES if known.value == kind), None)
+    if found is None:
+        raise MalformedMessage("envelope.kind", "no kind that is stored")
+    return found
 
 
 def _fail(waiting: Sequence[tuple[Any, Promise[Any]]], error: P2PMoEError) -> None:

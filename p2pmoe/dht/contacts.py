@@ -2,16 +2,18 @@
 
 A record may come from anybody, since it is signed; knowing one proves nothing about the peer.
 Only a peer that was dialled counts as there (`dialled`), and only such a peer enters the table.
-One that did not answer is avoided for a while, which makes it no worse a peer later.
+One that did not answer is avoided for a while, longer each time until it is reached again. One
+that the membership suspects is asked last.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import random
 from dataclasses import dataclass, field
 
-from p2pmoe.dht.routing import Inserted, PingOldest, RoutingParams, RoutingTable
+from p2pmoe.dht.routing import Insertion, Networks, RoutingParams, RoutingTable
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.peer_record import Contact, PeerRecord, contact_of
@@ -23,6 +25,7 @@ class ContactParams:
 
     most_known: int = 2048  # records, at most 600 B each; a guess
     avoid_for: float = 10.0  # seconds without questions after one was not answered; a guess
+    avoid_most: float = 300.0  # seconds; doubled at each failure in a row up to this; a guess
     routing: RoutingParams = field(default_factory=RoutingParams)
 
 
@@ -31,7 +34,13 @@ class _Known:
     record: Signed[PeerRecord]
     contact: Contact
     dialled: bool = False
+    suspected: bool = False
+    failures: int = 0  # in a row
     avoided_until: float = -math.inf
+
+    def is_back(self) -> None:
+        """It was reached, or is known to live."""
+        self.suspected, self.failures, self.avoided_until = False, 0, -math.inf
 
 
 class Contacts:
@@ -55,11 +64,19 @@ class Contacts:
         if old is None or record.body.order > old.record.body.order:
             known = _Known(record, contact_of(record))
             if old is not None and old.contact == known.contact:
-                known.dialled, known.avoided_until = old.dialled, old.avoided_until
+                known.dialled, known.suspected = old.dialled, old.suspected
+                known.failures, known.avoided_until = old.failures, old.avoided_until
         else:
             known = old
         self._known[peer] = known
         self._drop_oldest()
+
+    def alive(self, record: Signed[PeerRecord]) -> None:
+        """The membership has seen this peer: it is worth a question again."""
+        self.learn(record)
+        known = self._known.get(record.signer)
+        if known is not None:
+            known.is_back()
 
     def record(self, peer: PeerId) -> Signed[PeerRecord] | None:
         """The newest record of this peer, if one is known."""
@@ -75,13 +92,14 @@ class Contacts:
         known = self._known.get(peer)
         return None if known is None else known.contact
 
-    def dialled(self, peer: PeerId) -> Inserted | PingOldest | None:
+    def dialled(self, peer: PeerId, now: float) -> Insertion | None:
         """A connection to this peer succeeded that we began. None: its record is not known."""
         known = self._known.get(peer)
         if known is None:
             return None
-        known.dialled, known.avoided_until = True, -math.inf
-        return self.table.insert(peer)
+        known.dialled = True
+        known.is_back()
+        return self.table.insert(peer, now, networks_of(known.contact))
 
     def was_dialled(self, peer: PeerId) -> bool:
         """Whether it was reached at the addresses of its record."""
@@ -92,8 +110,22 @@ class Contacts:
         """The peer refused or did not answer: out of the table, and avoided for a while."""
         self.table.remove(peer)
         known = self._known.get(peer)
+        if known is not None and now >= known.avoided_until:  # of failures at once one counts
+            pause = math.ldexp(self._params.avoid_for, min(known.failures, 16))
+            known.failures += 1
+            known.dialled = False
+            known.avoided_until = now + min(pause, self._params.avoid_most)
+
+    def suspect(self, peer: PeerId) -> None:
+        """The membership suspects this peer: it is asked after the others."""
+        known = self._known.get(peer)
         if known is not None:
-            known.dialled, known.avoided_until = False, now + self._params.avoid_for
+            known.suspected = True
+
+    def suspected(self, peer: PeerId) -> bool:
+        """Whether others should be asked first."""
+        known = self._known.get(peer)
+        return known is not None and known.suspected
 
     def sample(self, count: int, rng: random.Random) -> list[PeerId]:
         """Some of those that are known, each as likely as the others."""
@@ -107,3 +139,21 @@ class Contacts:
     def _drop_oldest(self) -> None:
         if len(self._known) > self._params.most_known:
             del self._known[next(peer for peer in self._known if peer not in self.table)]
+
+
+def networks_of(contact: Contact) -> Networks:
+    """The /24, /48 and names of the internet where a peer says it is; none for a home's network.
+
+    All its addresses count, so that one among false ones does not hide it.
+    """
+    return frozenset(filter(None, (_network(address.host) for address in contact.addresses)))
+
+
+def _network(host: str) -> str:
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:  # one name is one machine's; a name without a dot is of the home
+        return host.lower() if "." in host else ""
+    if not ip.is_global:
+        return ""
+    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))

@@ -1,14 +1,14 @@
-"""The holding side: answers `dht.find`, `dht.get` and `dht.put` out of this peer's own store.
+"""The holding side: answers `dht.find`, `dht.get`, `dht.put` and `dht.mend` from its own store.
 
 A lease or a dictionary is taken only over its publisher's own connection, so that its lifetime
 runs from when the publisher said it; a manifest may come from anybody, because it says nothing
 about who has it. Before a vacant uid is granted the publisher was dialled back and the other
-closest peers were asked (L1).
+closest peers were asked (L1). Whoever says that others have more is not believed: they are asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,21 +16,26 @@ from typing import Any
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.dht.asks import Answer, Asks
-from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.asks import Asks
+from p2pmoe.dht.contacts import Contacts, networks_of
+from p2pmoe.dht.jobs import Jobs
 from p2pmoe.dht.leases import LeaseCopy, Vote
 from p2pmoe.dht.messages import (
     FIND,
     GET,
+    MEND,
     PUT,
     FindRequest,
     GetRequest,
     Lease,
+    MendReply,
+    MendRequest,
     PutReply,
     PutRequest,
     Verdict,
 )
 from p2pmoe.dht.packing import Packer, copy_of
+from p2pmoe.dht.reading import Answer, never
 from p2pmoe.dht.records import (
     Abstained,
     AskFirst,
@@ -42,14 +47,16 @@ from p2pmoe.dht.records import (
     Stale,
     Stored,
 )
+from p2pmoe.dht.routing import Networks
 from p2pmoe.dht.search import Place, Searches
-from p2pmoe.errors import NodeClosed, NotAllowed, PeerBusy
+from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
 from p2pmoe.identity import PeerId
 from p2pmoe.net.connection import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
 
 OTHERS_LIMIT = 4.0  # seconds for L1; within what the publisher waits for a put
+MOST_MENDING = 32  # keys for which others are asked at once because somebody said so; a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,7 @@ class HolderParts:
     asks: Asks
     searches: Searches
     dial_back: Callable[[PeerId], Awaitable[bool]]
+    jobs: Jobs
 
 
 class Holder:
@@ -69,7 +77,13 @@ class Holder:
 
     def __init__(self, parts: HolderParts) -> None:
         self._parts = parts
-        self.handlers: dict[str, Handler] = {FIND: self._find, GET: self._get, PUT: self._put}
+        self._mending: set[bytes] = set()  # keys
+        self.handlers: dict[str, Handler] = {
+            FIND: self._find,
+            GET: self._get,
+            PUT: self._put,
+            MEND: self._mend,
+        }
 
     # ---------------------------------------------------------------------------------- answers
     async def _find(self, call: IncomingCall) -> None:
@@ -106,6 +120,27 @@ class Holder:
         verdicts = tuple(_verdict(votes[at], now) for at in range(len(records)))
         await call.send(schema.encode(PutReply(verdicts=verdicts)))
 
+    async def _mend(self, call: IncomingCall) -> None:
+        request = schema.decode(call.body, MendRequest)
+        for each in request.keys if self._parts.place.holder is not None else ():
+            if each.key not in self._mending and len(self._mending) < MOST_MENDING:
+                ask = partial(self._ask_for_more, Kind(each.kind), each.key)
+                try:
+                    self._parts.jobs.start(ask, partial(self._mending.discard, each.key))
+                except (NodeClosed, PeerBusy):
+                    break
+                self._mending.add(each.key)
+        await call.send(schema.encode(MendReply()))
+
+    async def _ask_for_more(self, kind: Kind, key: bytes) -> None:
+        try:
+            found = await self._parts.searches.read(kind, key, never)
+            self._parts.searches.adopt(kind, found)
+        except P2PMoEError as error:
+            telemetry.emit("dht.mend.failed", error=error)
+        finally:
+            self._mending.discard(key)
+
     async def _put_one(
         self, sender: PeerId, record: Signed[Any], at: int, votes: dict[int, Vote]
     ) -> None:
@@ -121,13 +156,14 @@ class Holder:
     def _closer(self, target: bytes, asker: PeerId) -> list[PeerId]:
         searches = self._parts.searches
         return self._parts.contacts.table.closest(
-            target, searches.params.k, lambda peer: peer != asker and searches.usable(peer)
+            target, searches.k, lambda peer: peer != asker and searches.usable(peer)
         )
 
     # --------------------------------------------------------------------------------- decisions
     async def put(self, record: Signed[Any]) -> Vote:
         """What this holder makes of a record that its publisher handed over."""
-        outcome = self._parts.store.put(record, trio.current_time())
+        networks = self._networks(record.signer)
+        outcome = self._parts.store.put(record, trio.current_time(), networks)
         if isinstance(outcome, AskFirst):
             outcome = await self._grant(outcome.lease)
         telemetry.count("p2pmoe_dht_puts_total", result=type(outcome).__name__.lower())
@@ -145,7 +181,12 @@ class Holder:
             return Refused("not_dialled")
         if not others:  # they did not all answer in time, so nothing is known
             return Abstained()
-        return self._parts.store.decide(lease, others[0], trio.current_time())
+        networks = self._networks(lease.signer)
+        return self._parts.store.decide(lease, others[0], trio.current_time(), networks)
+
+    def _networks(self, publisher: PeerId) -> Networks:
+        contact = self._parts.contacts.contact(publisher)
+        return frozenset() if contact is None else networks_of(contact)
 
     async def _ask_others(self, lease: Signed[Lease], others: list[Others]) -> None:
         owned = partial(_somebody_else_has_it, lease.signer)
@@ -157,7 +198,7 @@ class Holder:
         others.append(Others(found.copies(), found.number(), answered))
 
 
-def _somebody_else_has_it(claimant: PeerId, answers: list[Answer], _asked: int) -> bool:
+def _somebody_else_has_it(claimant: PeerId, answers: Sequence[Answer], _asked: int) -> bool:
     now = trio.current_time()
     return any(
         copy.signed.signer != claimant and now < copy.expires_at

@@ -87,14 +87,16 @@ class Vote:
 MOST_HOLDERS = 5  # r; loses 1e-4 of records where a quarter of a half-life passes unrenewed
 
 
-def holders(key: bytes, others: Iterable[PeerId], own: PeerId | None) -> list[PeerId]:
+def holders(
+    key: bytes, others: Iterable[PeerId], own: PeerId | None, most: int = MOST_HOLDERS
+) -> list[PeerId]:
     """The r peers that hold a key, closest first, of those who answered and ourselves.
 
     `own` is None for a peer that cannot be dialled: it holds nothing. A swarm of one holds its
     own records, so it works at once.
     """
     peers = set(others) if own is None else {*others, own}
-    return sorted(peers, key=lambda peer: distance(peer.raw, key))[:MOST_HOLDERS]
+    return sorted(peers, key=lambda peer: distance(peer.raw, key))[:most]
 
 
 def quorum(count: int) -> int:

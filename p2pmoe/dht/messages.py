@@ -1,9 +1,10 @@
 """What peers store in the DHT, and how they ask each other for it.
 
 Three signed payloads: a `Lease` says who serves an expert, a `PrefixRecord` which coordinates one
-publisher serves below a prefix, a `Manifest` what a grid is. Three calls: `dht.find` asks for
+publisher serves below a prefix, a `Manifest` what a grid is. Four calls: `dht.find` asks for
 contacts closer to a place, `dht.get` for the records under a key as well, `dht.put` hands records
-over. All are batched: one call carries the questions for one peer that came up together.
+over, `dht.mend` says that other holders have more. All are batched: one call carries the questions
+for one peer that came up together.
 
 Text of a uid is `ffn.3.7`, of a prefix `ffn` or `ffn.3`. A grid is named by the SHA-256 of its
 manifest's envelope, and that is part of every key below it.
@@ -30,7 +31,7 @@ from p2pmoe.wire.schema import (
 )
 from p2pmoe.wire.tensor import MAX_DIMENSIONS, Dimension
 
-FIND, GET, PUT = "dht.find", "dht.get", "dht.put"  # method names
+FIND, GET, PUT, MEND = "dht.find", "dht.get", "dht.put", "dht.mend"  # method names
 
 MAX_BATCH = 32  # questions one call carries; a guess: 32 leases are 10 kB
 MAX_CLOSER = 16  # contacts one answer names for one place; twice k
@@ -174,6 +175,19 @@ class PutRequest(Message, frozen=True, kw_only=True):
     records: Annotated[tuple[RecordPut, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
 
 
+class MendKey(Message, frozen=True, kw_only=True):
+    """Records of this kind lie under this key at other holders."""
+
+    kind: StoredKind
+    key: Bytes32
+
+
+class MendRequest(Message, frozen=True, kw_only=True):
+    """Others hold more under these keys than you do: ask them, if you like."""
+
+    keys: Annotated[tuple[MendKey, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+
+
 # ------------------------------------------------------------------------------ what is answered
 class Copy(Message, frozen=True, kw_only=True):
     """A record as its holder has it: `left_ms` of its lifetime are left."""
@@ -223,3 +237,7 @@ class PutReply(Message, frozen=True, kw_only=True):
     """Verdicts in the order of the records."""
 
     verdicts: Annotated[tuple[Verdict, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class MendReply(Message, frozen=True, kw_only=True):
+    """Heard."""

@@ -36,11 +36,12 @@ FIND_AGAIN = 8  # peers that a node dials when it has lost everybody; a guess
 
 
 class Sign(enum.Enum):
-    """What the pool has seen of a peer."""
+    """What the pool, or the membership, has seen of a peer."""
 
     CAME = enum.auto()  # a connection was made
     QUIET = enum.auto()  # it said goodbye: it has left, or has nothing to say to us
     GONE = enum.auto()  # its connection broke, or its addresses refuse
+    DOUBTED = enum.auto()  # the membership suspects it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +69,20 @@ class Neighbours:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Refresh the table until cancelled."""
         task_status.started()
+        if len(self._parts.contacts):  # those that it knew when it last ran
+            await self._find_again()
         while True:
             await trio.sleep(LOOK_AFTER)
-            table = self._parts.contacts.table
-            places = table.to_refresh(trio.current_time(), self._rng)
+            table, now = self._parts.contacts.table, trio.current_time()
+            places = table.to_refresh(now, self._rng)
             if not len(table):
                 await self._find_again()
                 places.append(self._own.raw)
-            async with trio.open_nursery() as lookups:
+            async with trio.open_nursery() as asks:
+                for peer in table.to_check(now):
+                    asks.start_soon(self._ping, peer)
                 for place in places:
-                    lookups.start_soon(self._look_up, place)
+                    asks.start_soon(self._look_up, place)
 
     # ----------------------------------------------------------------------------------- joining
     async def join(self, addresses: Iterable[Address]) -> int:
@@ -171,7 +176,7 @@ class Neighbours:
             self._parts.contacts.learn(record)
 
     def _reached(self, peer: PeerId) -> None:
-        outcome = self._parts.contacts.dialled(peer)
+        outcome = self._parts.contacts.dialled(peer, trio.current_time())
         if isinstance(outcome, PingOldest):
             self._later(partial(self._ping, outcome.oldest))
 

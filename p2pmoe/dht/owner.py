@@ -19,6 +19,7 @@ import trio
 
 from p2pmoe import telemetry
 from p2pmoe.dht.asks import Asks
+from p2pmoe.dht.claims import Again, Claim, Lost, TooFew
 from p2pmoe.dht.leases import (
     Granted,
     LeaseBook,
@@ -27,17 +28,15 @@ from p2pmoe.dht.leases import (
     LeaseRefused,
     LeaseView,
     Vote,
-    quorum,
     tally,
 )
 from p2pmoe.dht.messages import Lease, PrefixRecord, key_of
-from p2pmoe.dht.search import Place, Searched, Searches, never
+from p2pmoe.dht.reading import never
+from p2pmoe.dht.search import Place, Searches
 from p2pmoe.errors import LocalProtocolError, P2PMoEError, QuorumNotReached
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind, Signed
 
-CLAIM_ROUNDS = 4  # rounds of a split vote; a guess
-CLAIM_PAUSE = 0.3  # seconds between the first two, at most, and longer each time; a guess
 TOGETHER = 0.05  # seconds: cells that are claimed together are announced together; a guess
 
 Seal = Callable[[Any, Kind], Signed[Any]]
@@ -85,44 +84,38 @@ class Owner:
         return self.book.view(name, self._parts.place.own)
 
     async def _win(self, name: LeaseName) -> None:
-        number, rounds = 1, 1
-        while number := await self._round(name, number, last=rounds == CLAIM_ROUNDS):
-            await trio.sleep(rounds * self._rng.uniform(CLAIM_PAUSE / 2, CLAIM_PAUSE))
-            rounds += 1
+        claim = Claim(self._parts.place.own)
+        while True:
+            again = await self._round(name, claim)
+            if again is None:
+                return
+            await trio.sleep(self._rng.uniform(again.least, again.most))
 
-    async def _round(self, name: LeaseName, lowest: int, *, last: bool) -> int:
+    async def _round(self, name: LeaseName, claim: Claim) -> Again | None:
         """Look who has it, ask for it, count, and clean up after a defeat.
 
-        Returns 0 when it is granted, else the lowest number for another round. Raises when there is
-        nothing to try again for.
+        None when it is granted. Raises when there is nothing to try again for.
         """
         found = await self._parts.searches.read(Kind.LEASE, key_of(Kind.LEASE, *name), never)
-        self._check_vacant(name[1], found)
-        asked_at = trio.current_time()
-        lease = self._lease(name, max(found.number() + 1, lowest), self._params.ttl)
+        asked, asked_at = len(found.holders), trio.current_time()
+        look = claim.look(found.copies(), found.number(), asked, asked_at)
+        if isinstance(look, Lost):
+            raise LeaseRefused(owner=look.owner, expert=name[1])
+        lease = self._lease(name, look.number, self._params.ttl)
         votes = await self.write(found.holders, lease)
-        outcome = tally(lease, list(votes.values()), len(found.holders), renewal=False)
+        outcome = claim.count(lease, list(votes.values()), asked)
         if isinstance(outcome, Granted):
-            self.book.granted(name, lease.body.number, asked_at)
+            self.book.granted(name, look.number, asked_at)
             self._announce_soon()
-            telemetry.emit("dht.lease.granted", uid=name[1], number=lease.body.number)
-            return 0
-        # At all of them: those that refused may have kept a copy of what another had granted.
-        await self.write(found.holders, self._lease(name, lease.body.number, 0))
-        winner = outcome.rival or (outcome.owner if last else None)
-        if winner is not None:
-            raise LeaseRefused(owner=winner, expert=name[1])
-        if last or _final(votes):
-            _no_quorum(name[1], votes, len(found.holders))
-        return max(outcome.number, lease.body.number) + 1
-
-    def _check_vacant(self, uid: str, found: Searched) -> None:
-        """Raise `LeaseRefused` when a quorum names another owner."""
-        now, own = trio.current_time(), self._parts.place.own
-        valid = [copy.signed.signer for copy in found.copies() if copy.expires_at > now]
-        for owner in set(valid) - {own}:
-            if valid.count(owner) >= quorum(len(found.holders)):
-                raise LeaseRefused(owner=owner, expert=uid)
+            telemetry.emit("dht.lease.granted", uid=name[1], number=look.number)
+            return None
+        await self.write(found.holders, self._lease(name, look.number, 0))
+        match outcome:
+            case Lost():
+                raise LeaseRefused(owner=outcome.owner, expert=name[1])
+            case TooFew():
+                _no_quorum(name[1], outcome, asked)
+        return outcome
 
     # ------------------------------------------------------------------------------ giving back
     async def withdraw(self, uids: Iterable[str]) -> None:
@@ -262,17 +255,11 @@ class Owner:
         return self._parts.seal(body, Kind.PREFIX)
 
 
-def _final(votes: dict[PeerId, Vote]) -> bool:
-    """Whether trying again at once is in vain: some rule of the holders stands against it."""
-    return any(vote.why in {"cells", "restarted", "not_dialled"} for vote in votes.values())
-
-
-def _no_quorum(uid: str, votes: dict[PeerId, Vote], asked: int) -> NoReturn:
-    granted = sum(vote.outcome == "stored" for vote in votes.values())
-    reasons = sorted({vote.why for vote in votes.values() if vote.why})
-    said = f" ({', '.join(reasons)})" if reasons else ""
+def _no_quorum(uid: str, outcome: TooFew, asked: int) -> NoReturn:
+    said = f" ({', '.join(outcome.reasons)})" if outcome.reasons else ""
     raise QuorumNotReached(
-        f"{uid}: {granted} of {asked} holders granted the lease, {quorum(asked)} are needed{said}",
-        answered=granted,
-        needed=quorum(asked),
+        f"{uid}: {outcome.granted} of {asked} holders granted the lease,"
+        f" {outcome.needed} are needed{said}",
+        answered=outcome.granted,
+        needed=outcome.needed,
     )

@@ -13,7 +13,7 @@ L5  a copy is kept only where there is nothing, or an older one of the same publ
 
 Lifetimes run on this peer's clock from receipt; a copy has what was left of it. What ended is
 remembered for a while, so that neither an old record nor an old lease number comes back. Room is
-counted in bytes, a publisher and in all; who finds none is told `Full`.
+that of `shelves.py`; who finds none is told `Full`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from p2pmoe.dht.leases import LeaseCopy, most_named
+from p2pmoe.dht.leases import LeaseCopy, RecordCopy, most_named
 from p2pmoe.dht.messages import Lease, PrefixRecord
+from p2pmoe.dht.routing import Networks
+from p2pmoe.dht.shelves import Held as Held
+from p2pmoe.dht.shelves import RoomParams, Shelves
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Signed
 
@@ -43,27 +46,12 @@ class RecordParams:
     leases_per_grid: int = 16  # vacant cells that one publisher gets within `lease_ttl`
     number_leap: int = 1024  # by which a lease number may be above the highest known; a guess
     withdrawals: int = 4096  # that are remembered, the latest; a guess
-    bytes_per_publisher: int = 1 << 20  # about a thousand leases; a guess
-    bytes_in_all: int = 16 << 20  # a guess
+    gone: int = 4096  # publishers that are remembered to have left or failed, the latest; a guess
     answers_to_trust: int = 3  # L2: others that answered, so that a quorum of five is known
+    room: RoomParams = field(default_factory=RoomParams)
 
 
-OVERHEAD_BYTES = 512  # that one entry takes besides its envelope; measured, rounded up
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A record as this peer has it. Seconds on its clock."""
-
-    signed: Signed[Any]
-    expires_at: float
-    forget_at: float
-    granted_at: float = -math.inf  # of a lease: when its uid was vacant, and granted here
-
-    @property
-    def charge(self) -> int:
-        """Bytes that it takes."""
-        return len(self.signed.raw) + OVERHEAD_BYTES
+NOWHERE: Networks = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +113,12 @@ class RecordStore:
     def __init__(self, params: RecordParams, *, started_at: float, amnesia: bool = False) -> None:
         self._params = params
         self._silent_until = started_at + params.lease_ttl if amnesia else started_at
-        self._keys: dict[bytes, dict[bytes, Held]] = {}
-        self._publishers: dict[PeerId, dict[tuple[bytes, bytes], Held]] = {}
+        self.shelves = Shelves(params.room)
         self._withdrawn: dict[tuple[bytes, PeerId], tuple[int, int]] = {}  # by key and publisher
-        self._bytes = 0
+        self._gone: dict[PeerId, float] = {}  # publishers, and from when their leases are vacant
 
     def __len__(self) -> int:
-        return sum(len(entries) for entries in self._keys.values())
-
-    @property
-    def held_bytes(self) -> int:
-        """What all entries take."""
-        return self._bytes
+        return len(self.shelves)
 
     # ---------------------------------------------------------------------------------- reading
     def get(self, key: bytes, now: float, after: bytes = b"") -> list[Held]:
@@ -144,37 +126,73 @@ class RecordStore:
 
         `after` leaves out the publishers up to that one (dictionaries only).
         """
-        entries = self._keys.get(key, {})
-        live = [(sub, held) for sub, held in entries.items() if now < held.expires_at]
+        live = [
+            (sub, held) for sub, held in self.shelves.at(key).items() if self._is_live(held, now)
+        ]
         if live and isinstance(live[0][1].signed.body, PrefixRecord):
             live = sorted((sub, held) for sub, held in live if sub > after)
         return [held for _, held in live]
 
     def number(self, key: bytes) -> int:
         """The highest lease number that is remembered for a key, 0 for none."""
-        held = self._keys.get(key, {}).get(_LEASE)
+        held = self.shelves.get((key, _LEASE))
         return held.signed.body.number if held and isinstance(held.signed.body, Lease) else 0
 
     # ---------------------------------------------------------------------------------- writing
-    def put(self, signed: Signed[Any], now: float) -> Put | AskFirst:
-        """Take a record from its publisher's own connection, or a manifest from anybody's."""
+    def put(self, signed: Signed[Any], now: float, networks: Networks = NOWHERE) -> Put | AskFirst:
+        """Take a record from its publisher's own connection, or a manifest from anybody's.
+
+        `networks` are those of the internet in which its publisher is.
+        """
         match signed.body:
             case Lease():
-                return self._put_lease(signed, now)
+                self.is_back(signed.signer)  # it speaks, so it is there
+                return self._put_lease(signed, now, networks)
             case PrefixRecord():
-                return self._put_prefix(signed, signed.body, now)
+                ttl = signed.body.ttl_ms / 1000
+                return self._put_prefix(signed, now + ttl, now, networks)
             case _:
-                return self._put_manifest(signed, now)
+                return self._put_manifest(signed, now + self._params.manifest_ttl, now, networks)
 
-    def decide(self, lease: Signed[Lease], others: Others, now: float) -> Put:
+    def adopt(self, copy: RecordCopy[Any], now: float) -> Put:
+        """L5: a copy from another holder, with what is left of it. It grants and renews nothing."""
+        if copy.expires_at <= now:
+            return Stale()
+        match copy.signed.body:
+            case Lease():
+                return self._adopt_lease(copy, now)
+            case PrefixRecord():
+                return self._put_prefix(copy.signed, copy.expires_at, now, NOWHERE)
+            case _:
+                if self.shelves.get((copy.signed.body.key, copy.signed.digest)) is not None:
+                    return Stale()
+                return self._put_manifest(copy.signed, copy.expires_at, now, NOWHERE)
+
+    def gone(self, publisher: PeerId, vacant_at: float) -> None:
+        """The membership says that a publisher left or failed: its leases are vacant from then."""
+        vacant_at = min(vacant_at, self._gone.pop(publisher, math.inf))
+        self._gone[publisher] = vacant_at
+        if len(self._gone) > self._params.gone:
+            del self._gone[next(iter(self._gone))]
+
+    def is_back(self, publisher: PeerId) -> None:
+        """The membership has seen a publisher again: leases that nobody else got are its own."""
+        self._gone.pop(publisher, None)
+
+    def decide(
+        self, lease: Signed[Lease], others: Others, now: float, networks: Networks = NOWHERE
+    ) -> Put:
         """Grant a vacant uid or not, after L1: `others` is what the other closest peers said."""
-        again = self._put_lease(lease, now)
+        again = self._put_lease(lease, now, networks)
         if not isinstance(again, AskFirst):  # somebody was granted it while others were asked
             return again
-        valid = [copy for copy in others.named if now < copy.expires_at]
+        valid = [copy for copy in others.named if self._is_live(copy, now)]
         owner = most_named([copy for copy in valid if not self._was_withdrawn(copy.signed)])
         if owner is not None and owner.signed.signer != lease.signer:
-            return Refused("owned", owner.signed.body.number, self._keep_copy(owner, now))
+            self._adopt_lease(owner, now)
+            left = min(owner.expires_at, now + self._params.lease_ttl)
+            named = Held(owner.signed, left, left + self._params.remember)
+            return Refused("owned", owner.signed.body.number, named)
         highest = max(others.number, self.number(lease.body.key))
         renewed = owner is not None or (self._remembers(lease) and highest > others.number)
         lowest = highest if renewed else highest + 1
@@ -184,22 +202,38 @@ class RecordStore:
             return Abstained()
         if self._granted_lately(lease, now) >= self._params.leases_per_grid:
             return Refused("cells")
-        return self._grant(lease, now, granted_at=now)
+        return self._grant(lease, now, granted_at=now, networks=networks)
+
+    def restore(self, signed: Signed[Any], left: float, forget_in: float, now: float) -> None:
+        """What this holder had before it was started anew, with seconds that are left.
+
+        Nothing lives longer than its kind may, and nothing that came since is replaced.
+        """
+        body = signed.body
+        match body:
+            case Lease():
+                sub, longest = _LEASE, min(self._params.lease_ttl, body.ttl_ms / 1000)
+            case PrefixRecord():
+                sub, longest = signed.signer.raw, min(self._params.prefix_ttl, body.ttl_ms / 1000)
+            case _:
+                sub, longest = signed.digest, self._params.manifest_ttl
+        left = max(0.0, min(left, longest))
+        forget_in = min(forget_in, longest + self._params.remember)
+        if forget_in > 0 and self.shelves.get((body.key, sub)) is None:
+            self.shelves.put((body.key, sub), Held(signed, now + left, now + forget_in), now)
 
     def expire(self, now: float) -> None:
         """Forget what ended long enough ago."""
-        for key, entries in list(self._keys.items()):
-            for sub in [sub for sub, held in entries.items() if held.forget_at <= now]:
-                self._remove(key, sub)
+        self.shelves.expire(now)
 
     # ----------------------------------------------------------------------------------- leases
-    def _put_lease(self, signed: Signed[Lease], now: float) -> Put | AskFirst:
-        body, held = signed.body, self._keys.get(signed.body.key, {}).get(_LEASE)
+    def _put_lease(self, signed: Signed[Lease], now: float, networks: Networks) -> Put | AskFirst:
+        body, held = signed.body, self.shelves.get((signed.body.key, _LEASE))
         if not body.ttl_ms:
             return self._withdraw(signed, held, now)
         if held is None:
             return Stale() if self._was_withdrawn(signed) else AskFirst(signed)
-        old, live, its_own = held.signed.body, now < held.expires_at, held.signed.signer
+        old, live, its_own = held.signed.body, self._is_live(held, now), held.signed.signer
         if live and its_own != signed.signer:
             return Refused("owned", old.number, held)
         if self._was_withdrawn(signed) or (its_own == signed.signer and not _newer(body, old)):
@@ -209,15 +243,22 @@ class RecordStore:
             return Refused("number", old.number)
         if not live:
             return AskFirst(signed)
-        return self._grant(signed, now, granted_at=held.granted_at)
+        return self._grant(signed, now, granted_at=held.granted_at, networks=networks)
+
+    def _is_live(self, record: Held | LeaseCopy, now: float) -> bool:
+        """Whether it has not ended, and is no lease of a publisher that is gone."""
+        if now >= record.expires_at:
+            return False
+        vacant_at = self._gone.get(record.signed.signer, math.inf)
+        return now < vacant_at or not isinstance(record.signed.body, Lease)
 
     def _withdraw(self, signed: Signed[Lease], held: Held | None, now: float) -> Put:
         """A withdrawal is remembered even where nothing is held: its lease may still come."""
         if held is not None and held.signed.signer == signed.signer:
             if not _newer(signed.body, held.signed.body):
                 return Stale()
-            ended = Held(held.signed, now, now + self._params.remember)
-            self._store(signed.body.key, _LEASE, ended, now)
+            ended = replace(held, expires_at=now, forget_at=now + self._params.remember)
+            self.shelves.put((signed.body.key, _LEASE), ended, now)
         place = (signed.body.key, signed.signer)
         self._withdrawn[place] = max(_version(signed.body), self._withdrawn.pop(place, (0, 0)))
         if len(self._withdrawn) > self._params.withdrawals:
@@ -228,111 +269,81 @@ class RecordStore:
         version = self._withdrawn.get((signed.body.key, signed.signer))
         return version is not None and _version(signed.body) <= version
 
-    def _grant(self, signed: Signed[Lease], now: float, *, granted_at: float) -> Put:
+    def _grant(
+        self, signed: Signed[Lease], now: float, *, granted_at: float, networks: Networks
+    ) -> Put:
         ttl = min(signed.body.ttl_ms / 1000, self._params.lease_ttl)
-        held = replace(self._held(signed, now, ttl), granted_at=granted_at)
-        return self._store(signed.body.key, _LEASE, held, now)
+        held = replace(self._held(signed, now + ttl, networks), granted_at=granted_at)
+        return self._store(_LEASE, held, now)
 
-    def _keep_copy(self, copy: LeaseCopy, now: float) -> Held:
-        """L5, where nothing valid is held: the owner that another holder named."""
-        left = min(copy.expires_at - now, self._params.lease_ttl)
-        held = self._held(copy.signed, now, left)
-        if copy.signed.body.number >= self.number(copy.signed.body.key):
-            self._store(copy.signed.body.key, _LEASE, held, now)
-        return held
+    def _adopt_lease(self, copy: LeaseCopy, now: float) -> Put:
+        """L5: where nothing valid is held, or something older of the same publisher."""
+        body, held = copy.signed.body, self.shelves.get((copy.signed.body.key, _LEASE))
+        if self._was_withdrawn(copy.signed) or body.number < self.number(body.key):
+            return Stale()
+        if held is not None and held.signed.signer == copy.signed.signer:
+            if not _newer(body, held.signed.body):  # L3
+                return Stale()
+        elif held is not None and self._is_live(held, now):
+            return Refused("owned", held.signed.body.number, held)
+        left = min(copy.expires_at, now + self._params.lease_ttl)
+        return self._store(_LEASE, self._held(copy.signed, left, NOWHERE), now)
 
     def _remembers(self, lease: Signed[Lease]) -> bool:
         """Whether the last lease of this uid here was the same publisher's."""
-        held = self._keys.get(lease.body.key, {}).get(_LEASE)
+        held = self.shelves.get((lease.body.key, _LEASE))
         return held is not None and held.signed.signer == lease.signer
 
     def _granted_lately(self, lease: Signed[Lease], now: float) -> int:
         """How many other uids of its grid, vacant then, this publisher got here within a ttl."""
-        own = self._publishers.get(lease.signer, {})
         return sum(
             isinstance(held.signed.body, Lease)
             and held.signed.body.grid == lease.body.grid
             and key != lease.body.key
             and now < held.granted_at + self._params.lease_ttl
-            for (key, _), held in own.items()
+            for (key, _), held in self.shelves.of(lease.signer).items()
         )
 
     # ------------------------------------------------------------------ dictionaries, manifests
-    def _put_prefix(self, signed: Signed[Any], body: PrefixRecord, now: float) -> Put:
-        key, sub = body.key, signed.signer.raw
-        entries = self._keys.get(key, {})
+    def _put_prefix(
+        self, signed: Signed[Any], expires_at: float, now: float, networks: Networks
+    ) -> Put:
+        body, sub, last = signed.body, signed.signer.raw, None
+        entries = self.shelves.at(body.key)
         if sub in entries:
             old = entries[sub].signed
-            assert isinstance(old.body, PrefixRecord)
             if (*_version(body), signed.digest) <= (*_version(old.body), old.digest):
                 return Stale()
         elif len(entries) >= self._params.publishers:
-            last = max(entries, key=lambda publisher: _rank(key, publisher))
-            if _rank(key, sub) > _rank(key, last):
+            last = max(entries, key=lambda publisher: _rank(body.key, publisher))
+            if _rank(body.key, sub) > _rank(body.key, last):
                 return Full("publishers")
-            self._remove(key, last)
-        ttl = min(body.ttl_ms / 1000, self._params.prefix_ttl)
-        return self._store(key, sub, self._held(signed, now, ttl), now)
+        expires_at = min(expires_at, now + self._params.prefix_ttl)
+        outcome = self._store(sub, self._held(signed, expires_at, networks), now)
+        if last is not None and isinstance(outcome, Stored):
+            self.shelves.remove((body.key, last))
+        return outcome
 
-    def _put_manifest(self, signed: Signed[Any], now: float) -> Put:
-        key, entries = signed.body.key, self._keys.get(signed.body.key, {})
-        for sub in [sub for sub, held in entries.items() if held.expires_at <= now]:
-            self._remove(key, sub)
+    def _put_manifest(
+        self, signed: Signed[Any], expires_at: float, now: float, networks: Networks
+    ) -> Put:
+        key = signed.body.key
+        for sub in [sub for sub, held in self.shelves.at(key).items() if held.expires_at <= now]:
+            self.shelves.remove((key, sub))
+        entries = self.shelves.at(key)
         if signed.digest not in entries and len(entries) >= self._params.manifests:
             return Full("manifests")
-        expires_at = now + self._params.manifest_ttl
-        return self._store(key, signed.digest, Held(signed, expires_at, expires_at), now)
-
-    # ------------------------------------------------------------------------------------- room
-    def _held(self, signed: Signed[Any], now: float, ttl: float) -> Held:
-        return Held(signed, now + ttl, now + ttl + self._params.remember)
-
-    def _store(self, key: bytes, sub: bytes, held: Held, now: float) -> Put:
-        publisher = held.signed.signer
-        old = self._keys.get(key, {}).get(sub)
-        own = self._publishers.get(publisher, {})
-        given_back = old.charge if old is not None else 0
-        mine = given_back if old is not None and old.signed.signer == publisher else 0
-        used = sum(other.charge for other in own.values())
-        if used - mine + held.charge > self._params.bytes_per_publisher:
-            return Full("publisher")
-        if not self._make_room(held.charge - given_back, (key, sub), now):
-            return Full("holder")
-        if old is not None and old.signed.signer != publisher:
-            self._remove(key, sub)
-        self._bytes += held.charge - mine
-        self._keys.setdefault(key, {})[sub] = held
-        self._publishers.setdefault(publisher, {})[key, sub] = held
-        return Stored(held.expires_at)
-
-    def _make_room(self, needed: int, keep: tuple[bytes, bytes], now: float) -> bool:
-        """Forget what ended, the earliest to be forgotten first, if that gives `needed` bytes."""
-        missing = self._bytes + needed - self._params.bytes_in_all
-        if missing <= 0:
-            return True
-        ended = sorted(
-            (held.forget_at, key, sub, held.charge)
-            for key, entries in self._keys.items()
-            for sub, held in entries.items()
-            if held.expires_at <= now and (key, sub) != keep
+        expires_at = min(expires_at, now + self._params.manifest_ttl)
+        return self._store(
+            signed.digest, Held(signed, expires_at, expires_at, networks=networks), now
         )
-        if sum(charge for *_, charge in ended) < missing:
-            return False
-        for _, key, sub, charge in ended:
-            if missing > 0:
-                self._remove(key, sub)
-                missing -= charge
-        return True
 
-    def _remove(self, key: bytes, sub: bytes) -> None:
-        held = self._keys[key].pop(sub)
-        if not self._keys[key]:
-            del self._keys[key]
-        own = self._publishers[held.signed.signer]
-        del own[key, sub]
-        if not own:
-            del self._publishers[held.signed.signer]
-        self._bytes -= held.charge
+    def _held(self, signed: Signed[Any], expires_at: float, networks: Networks) -> Held:
+        return Held(signed, expires_at, expires_at + self._params.remember, networks=networks)
+
+    def _store(self, sub: bytes, held: Held, now: float) -> Put:
+        why = self.shelves.put((held.signed.body.key, sub), held, now)
+        return Full(why) if why else Stored(held.expires_at)
 
 
 def _rank(key: bytes, publisher: bytes) -> bytes:

@@ -2,81 +2,49 @@
 
 The cores decide whom to ask and who won; this file asks. A search ends when the closest peers have
 answered, or earlier, when enough of the r closest that are known agree. Equal searches share one.
+Puts and leases go by two disjoint paths where the swarm is large enough for two, everything by four
+in hostile mode. A key with more ids around it than there would be by chance is searched for in a
+whole region. Holders that lack what others named are told so afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.dht.asks import Answer, Asks, Question
+from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.contacts import Contacts
 from p2pmoe.dht.jobs import Flights, Jobs
-from p2pmoe.dht.leases import RecordCopy, holders, quorum
+from p2pmoe.dht.leases import MOST_HOLDERS, RecordCopy, holders
 from p2pmoe.dht.lookup import Lookup, LookupParams
+from p2pmoe.dht.reading import (
+    ENOUGH,
+    Answer,
+    Enough,
+    Question,
+    Searched,
+    lacking,
+    never,
+    wanted_copies,
+)
 from p2pmoe.dht.records import RecordStore
-from p2pmoe.errors import P2PMoEError
+from p2pmoe.dht.region import WIDE, NetworkSize
+from p2pmoe.errors import NodeClosed, P2PMoEError, PeerBusy
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind
 
 SEARCH_LIMIT = 10.0  # seconds for a whole search; then what is known must do; a guess
 MOST_PAGES = 8  # of one holder's dictionaries under one prefix; a guess
+ONE_PATH_BELOW = 32  # contacts; with fewer, two paths ask everybody and are no surer; a guess
+HOSTILE_PATHS = 4  # in hostile mode; S/Kademlia
+MEND_PAUSE = 5.0  # seconds in which one holder is told once that it lacks something; a guess
+MOST_MENDED = 4096  # holders and keys that were told lately; a guess
 
-Enough = Callable[[list[Answer], int], bool]  # answers of the r closest known, and r
-
-
-@dataclass(slots=True)
-class Searched:
-    """The r closest peers that answered, ourselves included, and what they said."""
-
-    holders: list[PeerId]
-    answers: dict[PeerId, Answer] = field(default_factory=dict)
-
-    def copies(self) -> list[RecordCopy[Any]]:
-        """Every record that the holders named, in the order of the holders."""
-        return [
-            copy
-            for holder in self.holders
-            if holder in self.answers
-            for copy in self.answers[holder].records
-        ]
-
-    def number(self) -> int:
-        """The highest lease number that anybody remembers."""
-        return max((answer.number for answer in self.answers.values()), default=0)
-
-
-def never(_answers: list[Answer], _asked: int) -> bool:
-    """Wait for all of the closest."""
-    return False
-
-
-def majority_answered(answers: list[Answer], asked: int) -> bool:
-    """A quorum stored each dictionary, so a quorum's answers have all of them."""
-    return len(answers) >= quorum(asked)
-
-
-def majority_agrees(answers: list[Answer], asked: int) -> bool:
-    """A quorum names the same publisher of a lease, or the same manifest, first."""
-    named: dict[object, int] = {}
-    for answer in answers:
-        if answer.records:
-            first = answer.records[0].signed
-            name: object = first.digest if first.kind is Kind.MANIFEST else first.signer
-            named[name] = named.get(name, 0) + 1
-    return max(named.values(), default=0) >= quorum(asked)
-
-
-ENOUGH: dict[Kind, Enough] = {
-    Kind.LEASE: majority_agrees,
-    Kind.MANIFEST: majority_agrees,
-    Kind.PREFIX: majority_answered,
-}
+Ask = Callable[[PeerId], Awaitable[Answer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,29 +61,66 @@ class Place:
         return self.own if self.holds() else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchParams:
+    """How searches are carried out. `hostile`: expect half of the peers to lie."""
+
+    lookup: LookupParams = field(default_factory=LookupParams)
+    hostile: bool = False
+
+
+@dataclass(slots=True)
+class _Search:
+    """One search under way: what to ask for, when to stop, and what came."""
+
+    target: bytes
+    ask: Ask
+    enough: Enough
+    answers: dict[PeerId, Answer]
+
+
 class Searches:
     """Carries lookups out."""
 
     def __init__(
-        self, place: Place, contacts: Contacts, asks: Asks, store: RecordStore, jobs: Jobs
+        self,
+        place: Place,
+        contacts: Contacts,
+        asks: Asks,
+        store: RecordStore,
+        jobs: Jobs,
+        params: SearchParams,
     ) -> None:
         self._place, self._contacts, self._asks, self._store = place, contacts, asks, store
+        self._jobs, self._params = jobs, params
         self._flights: Flights[Searched] = Flights(jobs)
-        self.params = LookupParams()
+        self._mended: dict[tuple[PeerId, bytes], float] = {}  # when
+        self.size = NetworkSize(params.lookup.k)
+
+    @property
+    def k(self) -> int:
+        """How many peers an answer names."""
+        return self._params.lookup.k
 
     async def find(self, target: bytes) -> Searched:
         """The peers closest to a place. Those that are found were all reached just now."""
         ask = partial(self._asks.find, target=target)
-        return await self._flights.share(target, partial(self._search, target, ask, never, None))
+        search = _Search(target, ask, never, {})
+        return await self._flights.share(target, partial(self._search, search, careful=True))
 
     async def read(self, kind: Kind, key: bytes, enough: Enough | None = None) -> Searched:
         """What the holders of a key have, until `enough` of them (by kind) have answered."""
-        enough = enough or ENOUGH[kind]
+        enough = never if self._params.hostile else enough or ENOUGH[kind]
         question = Question(kind, key)
+        read = partial(self._read, kind, question, enough)
+        return await self._flights.share((question, enough), read)
+
+    async def inspect(self, key: bytes) -> Searched:
+        """What all holders of a key have, whatever it is. It repairs nothing."""
+        question = Question(None, key)
         ask = partial(self._get_pages, question=question)
-        return await self._flights.share(
-            (question, enough), partial(self._search, key, ask, enough, question)
-        )
+        search = _Search(key, ask, never, self._own_answer(question))
+        return await self._flights.share(question, partial(self._search, search, careful=True))
 
     def usable(self, peer: PeerId) -> bool:
         """Whether a question to this peer may be answered."""
@@ -123,41 +128,74 @@ class Searches:
         return self._place.usable(peer) and not self._contacts.avoided(peer, now)
 
     # ------------------------------------------------------------------------------- carried out
-    async def _search(
-        self,
-        target: bytes,
-        ask: Callable[[PeerId], Awaitable[Answer]],
-        enough: Enough,
-        question: Question | None,
-    ) -> Searched:
-        began = trio.current_time()
-        seeds = self._contacts.table.closest(target, self.params.k, self.usable)
-        lookup = Lookup(target, self._place.own, seeds, self.params)
-        answers = {} if question is None else self._own_answer(question, began)
-        with trio.move_on_after(SEARCH_LIMIT):
-            await self._run(lookup, ask, answers, partial(self._settled, lookup, target, enough))
-        now = trio.current_time()
-        self._contacts.table.looked_up(target, now)
-        telemetry.emit("dht.lookup.finished", seconds=now - began, answered=len(lookup.result()))
-        return Searched(holders(target, lookup.result(), self._place.holder), answers)
+    async def _read(self, kind: Kind, question: Question, enough: Enough) -> Searched:
+        ask = partial(self._get_pages, question=question)
+        search = _Search(question.key, ask, enough, self._own_answer(question))
+        found = await self._search(search, careful=kind is Kind.LEASE)
+        self._mend(kind, question.key, found)
+        return found
 
-    async def _run(
-        self,
-        lookup: Lookup,
-        ask: Callable[[PeerId], Awaitable[Answer]],
-        answers: dict[PeerId, Answer],
-        settled: Callable[[dict[PeerId, Answer]], bool],
-    ) -> None:
+    async def _search(self, search: _Search, *, careful: bool) -> Searched:
+        table, target = self._contacts.table, search.target
+        began = trio.current_time()
+        params = self._width(careful=careful)
+        lookup = await self._look_up(search, table.closest(target, self.k, self.usable), params)
+        closest, now = lookup.result(), trio.current_time()
+        if crowded := self.size.is_crowded(target, closest, now):
+            telemetry.emit("dht.key.crowded", key=target)
+            telemetry.count("p2pmoe_dht_crowded_total")
+            search.enough = never
+            seeds = [*closest, *table.closest(target, WIDE.k, self.usable)]  # not ground ids alone
+            lookup = await self._look_up(search, seeds, WIDE)
+            everybody = {*lookup.result(), *filter(None, [self._place.holder])}
+            found = self.size.region(target, everybody, now)
+        else:
+            if lookup.done:  # one that ended early knows too few, and they lie too far away
+                self.size.found(target, closest, now)
+            # Who stopped early has not heard all of the closest, but knows which ones they are.
+            early = not lookup.done and self._settled(lookup, search)
+            known = lookup.closest(self.k, now) if early else closest
+            most = self.k if self._params.hostile else MOST_HOLDERS  # of 5, all lie in one of 32
+            found = holders(target, known, self._place.holder, most)
+        now = trio.current_time()
+        table.looked_up(target, now)
+        summary = lookup.summary(now)
+        telemetry.emit(
+            "dht.lookup.finished",
+            seconds=now - began,
+            answered=summary.answered,
+            failed=summary.failed,
+            hops=summary.hops,
+            crowded=crowded,
+        )
+        return Searched(found, search.answers, summary)
+
+    def _width(self, *, careful: bool) -> LookupParams:
+        params = self._params.lookup
+        if self._params.hostile:
+            return replace(params, paths=HOSTILE_PATHS)
+        two = careful and len(self._contacts.table) >= ONE_PATH_BELOW
+        return replace(params, paths=2) if two else params
+
+    async def _look_up(
+        self, search: _Search, seeds: Iterable[PeerId], params: LookupParams
+    ) -> Lookup:
+        lookup = Lookup(search.target, self._place.own, seeds, params, self._contacts.suspected)
+        with trio.move_on_after(SEARCH_LIMIT):
+            await self._run(lookup, search, params)
+        return lookup
+
+    async def _run(self, lookup: Lookup, search: _Search, params: LookupParams) -> None:
         """Begin the next question as soon as an answer comes; state changes here alone."""
         came_send, came = trio.open_memory_channel[tuple[PeerId, Answer | None]](
-            self.params.most_asked  # each peer is asked once, so this never fills
+            params.most_asked * params.paths  # each peer is asked once, so this never fills
         )
         async with trio.open_nursery() as questions:
-            while not lookup.done and not settled(answers):
+            while not lookup.done and not self._settled(lookup, search):
                 now = trio.current_time()
                 for peer in lookup.wanted(now):
                     if self.usable(peer):
-                        questions.start_soon(self._ask, ask, peer, came_send)
+                        questions.start_soon(self._ask, search.ask, peer, came_send)
                     else:
                         came_send.send_nowait((peer, None))
                 with trio.move_on_at(lookup.next_deadline(now)):
@@ -165,13 +203,13 @@ class Searches:
                     if answer is None:
                         lookup.failed(peer)
                     else:
-                        answers[peer] = answer
+                        search.answers[peer] = answer
                         lookup.told(peer, answer.closer, trio.current_time())
             questions.cancel_scope.cancel()
 
     async def _ask(
         self,
-        ask: Callable[[PeerId], Awaitable[Answer]],
+        ask: Ask,
         peer: PeerId,
         came: trio.MemorySendChannel[tuple[PeerId, Answer | None]],
     ) -> None:
@@ -192,17 +230,51 @@ class Searches:
             records += page.records
         return Answer(first.closer, tuple(records), first.number)
 
-    def _settled(
-        self, lookup: Lookup, target: bytes, enough: Enough, answers: dict[PeerId, Answer]
-    ) -> bool:
-        closest = holders(target, lookup.closest(self.params.k), self._place.holder)
-        return enough([answers[peer] for peer in closest if peer in answers], len(closest))
+    def _settled(self, lookup: Lookup, search: _Search) -> bool:
+        """Who is slow does not count, so that a dead peer near the key costs a read little."""
+        now = trio.current_time()
+        known = lookup.closest(self.k, now)
+        closest = holders(search.target, known, self._place.holder)
+        answers = [search.answers[peer] for peer in closest if peer in search.answers]
+        crowded = self.size.is_crowded(search.target, known, now)
+        return search.enough(answers, len(closest)) and not crowded
 
-    def _own_answer(self, question: Question, now: float) -> dict[PeerId, Answer]:
+    def _own_answer(self, question: Question) -> dict[PeerId, Answer]:
         """A holder asks itself without a call."""
         if self._place.holder is None:
             return {}
+        now = trio.current_time()
         copies = tuple(
             RecordCopy(held.signed, held.expires_at) for held in self._store.get(question.key, now)
         )
         return {self._place.own: Answer((), copies, self._store.number(question.key))}
+
+    # ------------------------------------------------------------------------------- read repair
+    def _mend(self, kind: Kind, key: bytes, found: Searched) -> None:
+        """Tell who lacks what others named, without waiting for it; ourselves too."""
+        now = trio.current_time()
+        for peer in lacking(kind, key, found, now):
+            told = (peer, key)
+            if peer == self._place.own:
+                self.adopt(kind, found)
+            elif self._mended.get(told, -MEND_PAUSE) + MEND_PAUSE <= now:
+                self._mended.pop(told, None)
+                self._mended[told] = now
+                if len(self._mended) > MOST_MENDED:
+                    del self._mended[next(iter(self._mended))]
+                try:
+                    self._jobs.start(partial(self._tell, peer, kind, key), lambda: None)
+                except (NodeClosed, PeerBusy) as error:
+                    telemetry.emit("dht.mend.dropped", error=error)
+
+    async def _tell(self, peer: PeerId, kind: Kind, key: bytes) -> None:
+        try:
+            await self._asks.mend(peer, kind, key)
+        except P2PMoEError as error:
+            telemetry.emit("dht.mend.failed", peer=peer, error=error)
+
+    def adopt(self, kind: Kind, found: Searched) -> None:
+        """Keep what a read found and this holder lacks; of leases the one that most name (L4)."""
+        now = trio.current_time()
+        for copy in wanted_copies(kind, found, now):
+            self._store.adopt(copy, now)

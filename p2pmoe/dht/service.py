@@ -8,10 +8,10 @@ that most of them saw first, for dictionaries the newest of every publisher.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -20,13 +20,15 @@ from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.contacts import ContactParams, Contacts
 from p2pmoe.dht.holder import Holder, HolderParts
 from p2pmoe.dht.jobs import Jobs, together
-from p2pmoe.dht.leases import LeaseParams, LeaseView, RecordCopy, most_named
+from p2pmoe.dht.keeping import Clocks, Keeper
+from p2pmoe.dht.leases import LeaseParams, LeaseView, most_named
 from p2pmoe.dht.leases import LeaseRefused as LeaseRefused
 from p2pmoe.dht.messages import NO_GRID, Manifest, key_of
 from p2pmoe.dht.neighbours import NeighbourParts, Neighbours, Sign
 from p2pmoe.dht.owner import Owner, OwnerParts
+from p2pmoe.dht.reading import Searched, first_named, newest
 from p2pmoe.dht.records import RecordParams, RecordStore
-from p2pmoe.dht.search import Place, Searched, Searches
+from p2pmoe.dht.search import Place, Searches, SearchParams
 from p2pmoe.errors import P2PMoEError, QuorumNotReached
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.net.pool import Pool
@@ -37,17 +39,24 @@ from p2pmoe.wire.peer_record import Contact, PeerRecord, contact_of
 ABSENT_FOR = 1.0  # seconds for which "there is nothing" is believed; a guess
 MOST_ABSENT = 4096  # keys that are remembered to have nothing; a guess
 REPUBLISH = 60.0  # seconds between puts of a manifest by those who use it; a guess
+VACANT_AFTER = 5.0  # seconds from a member's failure until its leases are vacant here
 SWEEP = 10.0  # seconds between looks for records that ended; a guess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DhtParams:
-    """Parameters of all parts. `amnesia`: this key ran before and may have granted leases (L2)."""
+    """Parameters of all parts. `amnesia`: this key ran before and may have granted leases (L2).
+
+    `folder` keeps what this peer holds across restarts; without one it starts with nothing.
+    """
 
     contacts: ContactParams = field(default_factory=ContactParams)
     records: RecordParams = field(default_factory=RecordParams)
     leases: LeaseParams = field(default_factory=LeaseParams)
+    search: SearchParams = field(default_factory=SearchParams)
     amnesia: bool = False
+    folder: Path | None = None
+    clocks: Clocks = field(default_factory=Clocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +97,18 @@ class DhtService:
         self._contacts = contacts = Contacts(self.own, params.contacts, now)
         self._store = RecordStore(params.records, started_at=now, amnesia=params.amnesia)
         self._asks = asks = Asks(pool, contacts, network, self._jobs)
-        self._searches = searches = Searches(place, contacts, asks, self._store, self._jobs)
+        self._searches = searches = Searches(
+            place, contacts, asks, self._store, self._jobs, params.search
+        )
         self._neighbours = Neighbours(
             self.own,
             NeighbourParts(pool, contacts, asks, searches, self._jobs, self._changed),
             rng,
         )
         self._holder = holder = Holder(
-            HolderParts(place, self._store, contacts, asks, searches, self._neighbours.dial_back)
+            HolderParts(
+                place, self._store, contacts, asks, searches, self._neighbours.dial_back, self._jobs
+            )
         )
         pool.handlers.update(holder.handlers)
         sign = partial(_seal, keys, network)
@@ -104,13 +117,20 @@ class DhtService:
             params.leases,
             rng,
         )
+        self._keeper: Keeper | None = None
+        if params.folder is not None:
+            self._keeper = Keeper(params.folder, self._store, contacts, network, params.clocks)
         self._pinned: dict[str, Signed[Manifest]] = {}  # by names that this node asked for
         self._put_here: dict[str, Signed[Manifest]] = {}  # manifests that this node stored
         self._absent: dict[bytes, float] = {}  # until when a key is believed to have nothing
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer, renew, republish and refresh until cancelled."""
+        if self._keeper is not None:
+            await self._keeper.restore()
         async with trio.open_nursery() as parts:
+            if self._keeper is not None:
+                parts.start_soon(self._keeper.run)
             await parts.start(self._jobs.run)
             await parts.start(self._owner.run)
             await parts.start(self._neighbours.run)
@@ -132,7 +152,7 @@ class DhtService:
         """The manifest that a grid's name leads to, pinned from then on; None if nobody has one."""
         if name not in self._pinned:
             found = await self._read(Kind.MANIFEST, NO_GRID, name)
-            manifest = _first_named(found)
+            manifest = first_named(found)
             if manifest is None:
                 return None
             self._pinned.setdefault(name, manifest)
@@ -160,7 +180,7 @@ class DhtService:
         """Which coordinates are served next below a prefix, by whom."""
         found = await self._read(Kind.PREFIX, grid, prefix)
         now = trio.current_time()
-        live = [copy for copy in _newest(found.copies()) if copy.expires_at > now]
+        live = [copy for copy in newest(found.all_copies()) if copy.expires_at > now]
         serving: dict[int, list[PeerId]] = {}
         for copy in live:
             for coordinate in copy.signed.body.coordinates:
@@ -204,6 +224,10 @@ class DhtService:
         """The number of a lease held; None when it was lost, or not renewed at a quorum in time."""
         return self._owner.book.number((grid, uid), now)
 
+    async def inspect(self, key: bytes) -> Searched:
+        """What every holder of a key has, of any kind, for people who look. It changes nothing."""
+        return await self._searches.inspect(key)
+
     # ------------------------------------------------------------------------------------- peers
     def contact(self, peer: PeerId) -> Contact | None:
         """Where to dial a peer, if any record of it has come by."""
@@ -220,9 +244,39 @@ class DhtService:
         """Whether a call to this peer may succeed: it did not fail a short while ago."""
         return peer == self.own or self._searches.usable(peer)
 
+    def suspected(self, peer: PeerId) -> bool:
+        """Whether others should be asked first."""
+        return self._contacts.suspected(peer)
+
     def peer_failed(self, peer: PeerId) -> None:
         """Somebody else found this peer gone: it is avoided for a while."""
         self._contacts.failed(peer, trio.current_time())
+
+    # ----------------------------------------------------------------- what the membership says
+    def member_alive(self, record: Signed[PeerRecord]) -> None:
+        """A member was met or is back: it may be asked, and its leases are its own again."""
+        self._contacts.alive(record)
+        self._store.is_back(record.signer)
+        self._changed(record.signer, Sign.CAME)
+
+    def member_suspected(self, peer: PeerId) -> None:
+        """A member may be gone: it is asked after the others."""
+        self._contacts.suspect(peer)
+        self._changed(peer, Sign.DOUBTED)
+
+    def member_failed(self, peer: PeerId) -> None:
+        """A member is gone: it is avoided, and its leases are vacant here after a while."""
+        now = trio.current_time()
+        self._contacts.failed(peer, now)
+        self._store.gone(peer, now + VACANT_AFTER)
+        self._changed(peer, Sign.GONE)
+
+    def member_left(self, peer: PeerId) -> None:
+        """A member said that it leaves: it is avoided, and its leases are vacant here now."""
+        now = trio.current_time()
+        self._contacts.failed(peer, now)
+        self._store.gone(peer, now)
+        self._changed(peer, Sign.GONE)
 
     async def probe(self, peer: PeerId) -> bool:
         """Ask a peer for a sign of life."""
@@ -238,7 +292,7 @@ class DhtService:
             "dht_contacts": len(self._contacts),
             "dht_table": len(self._contacts.table),
             "dht_records": len(self._store),
-            "dht_record_bytes": self._store.held_bytes,
+            "dht_record_bytes": self._store.shelves.bytes,
             "dht_leases": len(self._owner.book.names()),
         }
 
@@ -246,7 +300,8 @@ class DhtService:
     async def _read(self, kind: Kind, grid: bytes, name: str) -> Searched:
         """What the holders of a key say; a recent "nothing" is believed."""
         key = key_of(kind, grid, name)
-        if trio.current_time() < self._absent.get(key, 0.0):
+        now = trio.current_time()
+        if now < self._absent.get(key, 0.0) and not self._store.get(key, now):
             return Searched([])
         found = await self._searches.read(kind, key)
         now = trio.current_time()
@@ -280,27 +335,3 @@ class DhtService:
 
 def _seal(keys: KeyPair, network: bytes, body: Any, kind: Kind) -> Signed[Any]:
     return seal(keys, body, kind=kind, network=network)
-
-
-def _first_named(found: Searched) -> Signed[Manifest] | None:
-    """The manifest that most holders saw first; ties go to the lower hash."""
-    firsts = [
-        found.answers[holder].records[0].signed
-        for holder in found.holders
-        if holder in found.answers and found.answers[holder].records
-    ]
-    named = Counter(first.digest for first in firsts)
-    return min(firsts, key=lambda first: (-named[first.digest], first.digest), default=None)
-
-
-def _newest(copies: Sequence[RecordCopy[Any]]) -> list[RecordCopy[Any]]:
-    """Of every publisher the newest dictionary, and of that the longest."""
-
-    def age(copy: RecordCopy[Any]) -> tuple[int, int, bytes, float]:
-        body = copy.signed.body
-        return body.epoch, body.incarnation, copy.signed.digest, copy.expires_at
-
-    newest: dict[PeerId, RecordCopy[Any]] = {}
-    for copy in sorted(copies, key=age):
-        newest[copy.signed.signer] = copy
-    return list(newest.values())

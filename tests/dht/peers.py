@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
@@ -63,6 +64,7 @@ class Town:
         epoch: int = 1,
         amnesia: bool = False,
         cells: int = 64,
+        folder: Path | None = None,
     ) -> Peer:
         """Start peer `number`; it joins by these peers, or else by all that are open."""
         keys, host = KeyPair.from_seed(bytes([number]) * 32), f"h{number}"
@@ -74,7 +76,9 @@ class Town:
         transport = self.network.transport(keys, host)
         greeting = None if record is None else record.raw
         pool = Pool(transport, lambda: greeting, NETWORK, PoolParams(), dice(number))
-        params = DhtParams(amnesia=amnesia, records=RecordParams(leases_per_grid=cells))
+        params = DhtParams(
+            amnesia=amnesia, records=RecordParams(leases_per_grid=cells), folder=folder
+        )
         dht = DhtService(pool, keys, NETWORK, lambda: record, params, dice(number))
         peer = Peer(keys, host, pool, dht, trio.CancelScope())
 

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 
-from p2pmoe.dht.asks import BATCH_BYTES, LINGER, VERIFY_AT_ONCE, Asks, Question
+from p2pmoe.dht.asks import ASK_LIMIT, BATCH_BYTES, LINGER, STALLED, VERIFY_AT_ONCE, Asks
 from p2pmoe.dht.contacts import ContactParams, Contacts
 from p2pmoe.dht.jobs import Jobs
 from p2pmoe.dht.leases import Vote
@@ -19,10 +20,14 @@ from p2pmoe.dht.messages import (
     Found,
     FoundReply,
     GetRequest,
+    MendKey,
+    MendReply,
+    MendRequest,
     PutReply,
     PutRequest,
     Verdict,
 )
+from p2pmoe.dht.reading import Question
 from p2pmoe.errors import (
     CallTimeout,
     MalformedMessage,
@@ -52,7 +57,12 @@ class ScriptedPool:
         self.wait = 0.01  # seconds for each call
 
     async def call(self, to: object, method: str, body: bytes) -> Part:
-        types = {"dht.find": FindRequest, "dht.get": GetRequest, "dht.put": PutRequest}
+        types = {
+            "dht.find": FindRequest,
+            "dht.get": GetRequest,
+            "dht.put": PutRequest,
+            "dht.mend": MendRequest,
+        }
         request = schema.decode(body, types[method])
         self.requests.append(request)
         await trio.sleep(self.wait)
@@ -65,7 +75,7 @@ async def asking() -> AsyncIterator[tuple[Asks, ScriptedPool, Contacts]]:
     pool, jobs = ScriptedPool(), Jobs()
     contacts = Contacts(OWN.peer_id, ContactParams(), trio.current_time())
     contacts.learn(card(ANN, "10.0.0.1:4747"))
-    contacts.dialled(ANN.peer_id)
+    contacts.dialled(ANN.peer_id, 0.0)
     asks = Asks(pool, contacts, NETWORK, jobs)
     async with trio.open_nursery() as parts:
         await parts.start(jobs.run)
@@ -288,3 +298,49 @@ async def test_long_answers_let_other_tasks_run_while_they_are_verified(autojump
             assert len(answer.records) == len(many)
             assert turns >= 4
             tasks.cancel_scope.cancel()
+
+
+async def test_a_deadline_that_is_late_because_this_peer_stood_still_is_nobodys_fault(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    async with asking() as (asks, pool, contacts):
+        pool.wait = 100.0
+        for late, avoided in ((STALLED + 0.1, False), (0.0, True)):
+            errors: list[P2PMoEError] = []
+
+            async def ask(errors: list[P2PMoEError] = errors) -> None:
+                try:
+                    await asks.find(ANN.peer_id, place(1))
+                except P2PMoEError as error:
+                    errors.append(error)
+
+            async with trio.open_nursery() as questions:
+                questions.start_soon(ask)
+                await trio.testing.wait_all_tasks_blocked()
+                mock_clock.jump(LINGER)
+                await trio.testing.wait_all_tasks_blocked()
+                mock_clock.jump(ASK_LIMIT + late)
+            assert isinstance(errors[0], CallTimeout if avoided else PeerBusy)
+            assert contacts.avoided(ANN.peer_id, trio.current_time()) is avoided
+
+
+async def test_a_peer_is_told_where_others_have_more(autojump_clock) -> None:
+    async with asking() as (asks, pool, _):
+        pool.answer = lambda _: MendReply()
+        await asks.mend(ANN.peer_id, Kind.LEASE, place(1))
+        assert pool.requests == [MendRequest(keys=(MendKey(kind="lease", key=place(1)),))]
+
+
+async def test_a_record_of_any_kind_is_opened_as_what_it_says_it_is(autojump_clock) -> None:
+    anything = Question(None, QUESTION.key)
+    async with asking() as (asks, pool, _):
+        found = Found(records=(Copy(record=LEASE.raw, left_ms=5000),))
+        pool.answer = lambda _: FoundReply(answers=(found,))
+        answer = await asks.get(ANN.peer_id, anything)
+        assert answer.records[0].signed == LEASE
+    for raw in (card(ANN, "10.0.0.1:4747").raw, b"\x81\x01"):  # no kind that is stored; no kind
+        error = await refused(
+            FoundReply(answers=(Found(records=(Copy(record=raw, left_ms=1),)),)),
+            lambda asks: asks.get(ANN.peer_id, anything),
+        )
+        assert error.why == "envelope.kind"

@@ -251,3 +251,29 @@ async def test_without_the_swarm_a_watch_keeps_what_is_valid_and_no_longer(
         here.network.heal()
         await until(watch, CELLS, within=90)
         watches.cancel_scope.cancel()
+
+
+async def test_what_the_membership_says_of_a_server_changes_the_view_at_once(
+    autojump_clock,
+) -> None:
+    async with town() as here, trio.open_nursery() as watches:
+        peers, _ = await grid_of(here)
+        client = await here.open(9, by=peers[:1], client=True)
+        watch = GridWatch(client.dht, "ffn")
+        await watches.start(watch.run)
+        await until(watch, CELLS, within=2)
+        assert watch.current is not None
+        record = client.dht._contacts.record(peers[1].id)
+        assert record is not None
+        client.dht.member_suspected(peers[1].id)
+        assert watch.current.doubted == {peers[1].id}
+        assert cells(watch) == CELLS
+        client.dht.member_alive(record)
+        assert watch.current.doubted == set()
+        without = [uid for uid in CELLS if uid != "ffn.0.3"]
+        for gone in (client.dht.member_failed, client.dht.member_left):
+            gone(peers[1].id)
+            assert cells(watch) == without
+            client.dht.member_alive(record)
+            assert cells(watch) == CELLS
+        watches.cancel_scope.cancel()

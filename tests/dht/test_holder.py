@@ -9,8 +9,8 @@ from p2pmoe.dht.messages import (
     FoundReply,
     PrefixRecord,
 )
+from p2pmoe.dht.reading import Searched
 from p2pmoe.dht.routing import RoutingParams, RoutingTable
-from p2pmoe.dht.search import Searched
 from p2pmoe.errors import (
     NotAllowed,
     PeerBusy,
@@ -104,7 +104,7 @@ async def test_so_many_places_that_their_contacts_do_not_fit_are_asked_for_again
             keys = KeyPair.from_seed(number.to_bytes(32, "big"))
             addresses = [f"host-{number}-{'x' * 40}-{each}:4747" for each in range(4)]
             two.dht._contacts.learn(card(keys, *addresses))
-            two.dht._contacts.dialled(keys.peer_id)
+            two.dht._contacts.dialled(keys.peer_id, 0.0)
         answers = []
         async with trio.open_nursery() as finds:
 

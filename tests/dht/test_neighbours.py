@@ -100,8 +100,8 @@ async def test_a_full_bucket_keeps_its_oldest_peer_while_that_answers(autojump_c
         peers = await swarm(here, 6)
         await trio.sleep(1)
         contacts = peers[0].dht._contacts
-        contacts.table = RoutingTable(peers[0].id, RoutingParams(k=1), 0.0)
-        outcomes = [contacts.table.insert(peer.id) for peer in peers[1:]]
+        contacts.table = RoutingTable(peers[0].id, RoutingParams(k=1, check_after=0.0), 0.0)
+        outcomes = [contacts.table.insert(peer.id, 0.0) for peer in peers[1:]]
         shut_out = next(outcome for outcome in outcomes if isinstance(outcome, PingOldest))
         newcomer = peers[1 + outcomes.index(shut_out)]
         record = contacts.record(newcomer.id)

@@ -4,8 +4,8 @@ import pytest
 import trio
 
 from p2pmoe.dht.leases import LeaseRefused, LeaseView
+from p2pmoe.dht.reading import Searched
 from p2pmoe.dht.records import Others
-from p2pmoe.dht.search import Searched
 from p2pmoe.errors import (
     PeerBusy,
     QuorumNotReached,

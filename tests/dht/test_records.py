@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from p2pmoe.dht.leases import LeaseCopy
+from p2pmoe.dht.leases import LeaseCopy, RecordCopy
 from p2pmoe.dht.messages import Lease, PrefixRecord
 from p2pmoe.dht.records import (
-    OVERHEAD_BYTES,
     Abstained,
     AskFirst,
     Full,
@@ -23,6 +22,7 @@ from p2pmoe.dht.records import (
     Stale,
     Stored,
 )
+from p2pmoe.dht.shelves import OVERHEAD_BYTES, RoomParams
 from p2pmoe.wire.envelope import Signed
 from tests.dht.swarm_of_ids import PEOPLE, dictionary, lease, manifest
 
@@ -209,7 +209,7 @@ def test_what_ended_is_remembered_for_a_while_and_then_forgotten() -> None:
     assert one.number(KEY) == 6
     one.expire(630.0)
     assert one.number(KEY) == 0
-    assert (len(one), one.held_bytes) == (0, 0)
+    assert (len(one), one.shelves.bytes) == (0, 0)
 
 
 def test_a_holder_that_may_have_forgotten_grants_nothing_for_one_lease() -> None:
@@ -333,7 +333,7 @@ def room_for(count: int, record: Signed[Lease]) -> int:
 
 
 def test_a_publisher_that_fills_its_share_is_told_full_and_others_are_not() -> None:
-    params = RecordParams(bytes_per_publisher=room_for(2, lease(ANN)))
+    params = RecordParams(room=RoomParams(per_publisher=room_for(2, lease(ANN)), publisher_part=1))
     one = store(params)
     for index in range(2):
         assert grant(one, lease(ANN, f"ffn.0.{index}")) == Stored(30.0)
@@ -343,18 +343,18 @@ def test_a_publisher_that_fills_its_share_is_told_full_and_others_are_not() -> N
 
 
 def test_a_full_holder_forgets_what_ended_first_and_never_what_is_valid() -> None:
-    one = store(RecordParams(bytes_in_all=room_for(3, lease(ANN))))
+    one = store(RecordParams(room=RoomParams(in_all=room_for(3, lease(ANN)), publisher_part=1)))
     for index, start in enumerate((0.0, 1.0, 25.0)):
         grant(one, lease(ANN, f"ffn.0.{index}"), now=start)
     assert grant(one, lease(BOB, "ffn.0.3"), now=26.0) == Full("holder")
     assert grant(one, lease(BOB, "ffn.0.3"), now=32.0) == Stored(62.0)
     assert one.number(lease(ANN, "ffn.0.0").body.key) == 0
     assert one.number(lease(ANN, "ffn.0.1").body.key) == 1
-    assert one.held_bytes <= room_for(3, lease(ANN))
+    assert one.shelves.bytes <= room_for(3, lease(ANN))
 
 
 def test_as_much_is_forgotten_as_is_needed_and_no_more() -> None:
-    params = RecordParams(bytes_in_all=room_for(3, lease(ANN)))
+    params = RecordParams(room=RoomParams(in_all=room_for(3, lease(ANN)), publisher_part=1))
     one = store(params)
     for index in range(3):
         grant(one, lease(ANN, f"ffn.0.{index}"), now=index)
@@ -366,7 +366,7 @@ def test_as_much_is_forgotten_as_is_needed_and_no_more() -> None:
 
 
 def test_a_record_is_not_forgotten_to_make_room_for_its_own_successor() -> None:
-    one = store(RecordParams(bytes_in_all=room_for(1, lease(ANN))))
+    one = store(RecordParams(room=RoomParams(in_all=room_for(1, lease(ANN)), publisher_part=1)))
     grant(one, lease(ANN))
     big = lease(BOB, number=2, version=2**40)
     assert grant(one, big, now=31.0) == Stored(61.0)
@@ -374,10 +374,12 @@ def test_a_record_is_not_forgotten_to_make_room_for_its_own_successor() -> None:
 
 
 def test_a_million_claims_of_one_publisher_do_not_fill_a_holder() -> None:
-    one = store(RecordParams(leases_per_grid=10**6, bytes_per_publisher=20_000))
+    one = store(
+        RecordParams(leases_per_grid=10**6, room=RoomParams(per_publisher=20_000, publisher_part=1))
+    )
     outcomes = [grant(one, lease(ANN, f"ffn.0.{index}")) for index in range(60)]
     assert outcomes[-1] == Full("publisher")
-    assert one.held_bytes <= 20_000
+    assert one.shelves.bytes <= 20_000
 
 
 class StoreAgainstADict(RuleBasedStateMachine):
@@ -441,9 +443,9 @@ class StoreAgainstADict(RuleBasedStateMachine):
         entries = [
             each
             for uid in ("ffn.0.0", "ffn.0.1")
-            for each in self.store._keys.get(lease(ANN, uid).body.key, {}).values()
+            for each in self.store.shelves.at(lease(ANN, uid).body.key).values()
         ]
-        assert self.store.held_bytes == sum(each.charge for each in entries)
+        assert self.store.shelves.bytes == sum(each.charge for each in entries)
         assert len(self.store) == len(entries)
 
 
@@ -456,3 +458,130 @@ def test_no_record_lives_longer_than_its_kind_allows(ttl_ms: int) -> None:
     one = store()
     assert grant(one, lease(ANN, ttl_ms=ttl_ms)) == Stored(30.0)
     assert one.put(dictionary(ANN, 1, ttl_ms=ttl_ms), 0.0) == Stored(60.0)
+
+
+# ------------------------------------------------------------------------ publishers that are gone
+def test_leases_of_a_publisher_that_left_are_vacant_at_once() -> None:
+    one = store()
+    grant(one, lease(ANN))
+    one.put(dictionary(ANN, 1), 0.0)
+    one.gone(ANN.peer_id, 1.0)
+    assert held(one, KEY, 0.9) == [lease(ANN)]
+    assert held(one, KEY, 1.0) == []
+    assert held(one, dictionary(ANN).body.key, 1.0) == [dictionary(ANN, 1)]
+    assert grant(one, lease(BOB), now=1.0) == Refused("number", 1)
+    assert grant(one, lease(BOB, number=2), now=1.0) == Stored(31.0)
+
+
+def test_before_a_failed_publisher_is_given_up_its_lease_stands() -> None:
+    one = store()
+    grant(one, lease(ANN))
+    one.gone(ANN.peer_id, 5.0)
+    assert isinstance(grant(one, lease(BOB, number=2), now=4.9), Refused)
+    assert grant(one, lease(BOB, number=2), now=5.0) == Stored(35.0)
+
+
+def test_what_others_name_of_a_publisher_that_is_gone_does_not_stand_in_the_way() -> None:
+    one = store()
+    one.gone(ANN.peer_id, 0.0)
+    copy = LeaseCopy(lease(ANN), 30.0)
+    outcome = grant(one, lease(BOB, number=2), named=(copy,), number=1, answered=3)
+    assert outcome == Stored(30.0)
+
+
+def test_a_publisher_that_is_back_has_what_nobody_else_got() -> None:
+    one = store()
+    grant(one, lease(ANN))
+    one.gone(ANN.peer_id, 0.0)
+    one.gone(ANN.peer_id, 5.0)  # it failed after it left: the first counts
+    assert held(one, KEY, 0.0) == []
+    one.is_back(ANN.peer_id)
+    assert held(one, KEY, 0.0) == [lease(ANN)]
+    one.gone(ANN.peer_id, 0.0)
+    assert grant(one, lease(ANN, version=2), now=3.0) == Stored(33.0)  # it speaks: it is there
+
+
+def test_how_many_publishers_are_remembered_to_be_gone_is_bounded() -> None:
+    one = store(RecordParams(gone=2))
+    for keys in (ANN, BOB, EVE):
+        grant(one, lease(keys, f"ffn.0.{keys.peer_id.raw[0]}"))
+        one.gone(keys.peer_id, 0.0)
+    assert len(one._gone) == 2
+    assert held(one, lease(ANN, f"ffn.0.{ANN.peer_id.raw[0]}").body.key, 0.0) != []
+
+
+# ------------------------------------------------------------------------- copies, L5; restoring
+def test_a_copy_is_kept_where_nothing_is_with_what_is_left_of_it() -> None:
+    one = store()
+    copies = (lease(ANN), dictionary(ANN, 1), manifest(ANN))
+    for signed in copies:
+        assert one.adopt(RecordCopy(signed, 12.0), 2.0) == Stored(12.0)
+        assert held(one, signed.body.key, 11.9) == [signed]
+        assert held(one, signed.body.key, 12.0) == []
+
+
+def test_no_copy_outlives_the_longest_life_of_its_kind() -> None:
+    one = store()
+    for signed, longest in ((lease(ANN), 30), (dictionary(ANN, 1), 60), (manifest(ANN), 3600)):
+        assert one.adopt(RecordCopy(signed, 1e9), 0.0) == Stored(longest)
+
+
+def test_an_identical_copy_extends_nothing_not_even_after_the_end() -> None:
+    one = store()
+    for signed in (lease(ANN), dictionary(ANN, 1), manifest(ANN)):
+        one.adopt(RecordCopy(signed, 5.0), 0.0)
+        assert one.adopt(RecordCopy(signed, 20.0), 4.0) == Stale()
+        assert held(one, signed.body.key, 5.0) == []
+    for signed in (lease(ANN), dictionary(ANN, 1)):
+        assert one.adopt(RecordCopy(signed, 20.0), 6.0) == Stale()
+    assert one.adopt(RecordCopy(lease(EVE), 6.0), 6.0) == Stale()  # it has ended itself
+
+
+def test_a_copy_replaces_only_what_is_older_of_the_same_publisher() -> None:
+    one = store()
+    grant(one, lease(ANN, number=3))
+    assert isinstance(one.adopt(RecordCopy(lease(BOB, number=9), 20.0), 0.0), Refused)
+    newer = lease(ANN, number=3, version=2)
+    assert one.adopt(RecordCopy(newer, 20.0), 0.0) == Stored(20.0)
+    assert held(one, KEY, 19.9) == [newer]
+
+
+def test_a_copy_of_a_withdrawn_lease_or_of_a_lower_number_is_not_kept() -> None:
+    one = store()
+    grant(one, lease(ANN, number=3))
+    one.put(lease(ANN, number=3, version=5, ttl_ms=0), 1.0)
+    assert one.adopt(RecordCopy(lease(ANN, number=3, version=4), 20.0), 1.0) == Stale()
+    assert one.adopt(RecordCopy(lease(BOB, number=2), 20.0), 1.0) == Stale()
+    assert one.adopt(RecordCopy(lease(BOB, number=4), 20.0), 1.0) == Stored(20.0)
+
+
+def test_what_is_restored_lives_no_longer_than_its_kind_and_replaces_nothing() -> None:
+    one = store()
+    grant(one, lease(BOB, number=2))
+    for signed in (lease(ANN), dictionary(ANN, 1, ttl_ms=20_000), manifest(ANN)):
+        one.restore(signed, 1e9, 1e9, 0.0)
+    assert held(one, KEY, 0.0) == [lease(BOB, number=2)]
+    assert one.get(dictionary(ANN).body.key, 0.0)[0].expires_at == 20.0
+    assert one.get(manifest(ANN).body.key, 0.0)[0].expires_at == 3600.0
+    one.restore(lease(EVE, "ffn.9.9", number=8), -5.0, 100.0, 0.0)
+    assert held(one, lease(EVE, "ffn.9.9").body.key, 0.0) == []
+    assert one.number(lease(EVE, "ffn.9.9").body.key) == 8
+    one.restore(lease(EVE, "ffn.9.8", number=8), 5.0, 0.0, 0.0)
+    assert one.number(lease(EVE, "ffn.9.8").body.key) == 0
+
+
+def test_a_holder_that_was_started_anew_grants_nothing_although_it_remembers() -> None:
+    one = store(amnesia=True)
+    one.restore(lease(BOB, "ffn.9.9"), 20.0, 600.0, 0.0)
+    assert grant(one, lease(ANN), answered=2) == Abstained()
+    assert grant(one, lease(ANN), answered=3) == Stored(30.0)
+    assert grant(one, lease(BOB, "ffn.9.9", version=2)) == Stored(30.0)  # a renewal
+
+
+def test_however_far_the_clock_asked_for_lies_the_end_is_near() -> None:
+    """An end that the publisher chooses, as a version or a lifetime, would let it stay for ever."""
+    one = store()
+    far = dictionary(ANN, 1, version=2**62, ttl_ms=600_000)
+    assert one.put(far, 0.0) == Stored(60.0)
+    assert one.put(dictionary(ANN, 2, version=2**62 + 1, ttl_ms=1000), 0.0) == Stored(1.0)
+    assert held(one, far.body.key, 1.0) == []

@@ -169,3 +169,19 @@ async def test_what_is_remembered_to_be_nothing_is_bounded(autojump_clock) -> No
         for start in range(0, MOST_ABSENT + 512, 512):
             await one.dht.get_leases(GRID, [f"ffn.0.{start + each}" for each in range(512)])
         assert len(one.dht._absent) == MOST_ABSENT
+
+
+async def test_readers_that_are_cancelled_leave_nothing_in_flight(autojump_clock) -> None:
+    async with town() as here:
+        peers = await swarm(here, 5)
+
+        async def silent(call) -> None:
+            await trio.sleep_forever()
+
+        for peer in peers[1:]:
+            peer.pool.handlers["dht.get"] = silent
+        with trio.move_on_after(0.5):
+            await peers[0].dht.get_leases(GRID, [f"ffn.0.{number}" for number in range(50)])
+        await trio.sleep(11)  # a search ends by itself after ten seconds
+        assert not peers[0].dht._searches._flights._flying
+        assert not peers[0].dht._asks._gets._waiting

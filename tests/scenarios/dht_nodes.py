@@ -1,0 +1,134 @@
+"""Real nodes on the loopback, in this process and in others, and timed reads at them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from p2pmoe.dht.messages import Manifest
+from p2pmoe.node import Node, NodeConfig, open_node
+from p2pmoe.wire.envelope import Signed
+from tests.dht.swarm_of_ids import GRID, dice
+from tests.scenarios.dht_peer import LOOPBACK, claim
+
+ROOT = Path(__file__).parents[2]
+AT_ONCE = 4  # nodes that begin together: more only wait for the processor
+READY_LIMIT = 600.0  # seconds until all are there; a quiet machine needs a tenth
+
+
+@dataclass
+class Here:
+    """The nodes of this process, each in a scope of its own."""
+
+    tasks: trio.Nursery
+    nodes: list[Node] = field(default_factory=list)
+    uids: dict[str, str] = field(default_factory=dict)  # of the lease that a node has, by its id
+    ends: dict[str, trio.CancelScope] = field(default_factory=dict)
+
+    async def open(self, number: int) -> None:
+        await self.tasks.start(self._live, f"ffn.{number}.0")
+
+    async def _live(self, uid: str, *, task_status: trio.TaskStatus[None]) -> None:
+        peers = (self.nodes[0].address,) if self.nodes else ()
+        config = NodeConfig(
+            peers=tuple(filter(None, peers)),
+            listen=LOOPBACK,
+            new_swarm=not peers,
+            stop_within=0.0,  # its end is as sudden as a kill
+            join_within=60.0,
+        )
+        with trio.CancelScope() as scope:
+            async with open_node(config) as node:
+                self.nodes.append(node)
+                self.ends[node.id.hex] = scope
+                await claim(node, uid)
+                self.uids[node.id.hex] = uid
+                task_status.started()
+                await trio.sleep_forever()
+
+    async def open_many(self, count: int) -> None:
+        await self.open(0)
+        for start in range(1, count, AT_ONCE):
+            async with trio.open_nursery() as begins:
+                for number in range(start, min(count, start + AT_ONCE)):
+                    begins.start_soon(self.open, number)
+
+    def kill(self, nodes: list[Node]) -> None:
+        for node in nodes:
+            self.nodes.remove(node)
+            del self.uids[node.id.hex]
+            self.ends.pop(node.id.hex).cancel()
+
+
+@contextmanager
+def processes(
+    address: str, count: int
+) -> Iterator[tuple[list[subprocess.Popen[str]], dict[str, str]]]:
+    """So many peers in processes of their own, and their uids by id; none outlives the block."""
+    begun: list[subprocess.Popen[str]] = []
+    try:
+        for number in range(count):
+            command = [sys.executable, "-m", "tests.scenarios.dht_peer", address, f"ffn.{number}.1"]
+            begun.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        yield begun, {}
+    finally:
+        for process in begun:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+async def ready(begun: list[subprocess.Popen[str]], uids: dict[str, str]) -> None:
+    for process in begun:
+        assert process.stdout is not None
+        line = await trio.to_thread.run_sync(process.stdout.readline)
+        uid, peer = line.split()
+        uids[peer] = uid
+
+
+@dataclass
+class Gets:
+    """Reads, one after the other, how long each took, and how many had to be repeated."""
+
+    seconds: list[float] = field(default_factory=list)
+    repeated: int = 0
+
+    async def until(self, get: Callable[[], Awaitable[bool]]) -> None:
+        """Read until it succeeds; once is enough, unless this machine has too much to do."""
+        began = trio.current_time()
+        with trio.fail_after(READY_LIMIT):
+            while not await get():
+                self.repeated += 1
+                await trio.sleep(0.5)
+        self.seconds.append(trio.current_time() - began)
+
+
+async def gets(nodes: list[Node], uids: dict[str, str], made: Signed[Manifest]) -> Gets:
+    """Each node reads some leases of others, a dictionary and the manifest."""
+    rng, done = dice(1), Gets()
+    living = {int(uid.split(".")[1]) for uid in uids.values()}
+    for node in nodes:
+
+        async def lease(peer: str, uid: str, node: Node = node) -> bool:
+            view = (await node.dht.get_leases(GRID, [uid])).get(uid)
+            return view is not None and view.peer.hex == peer
+
+        async def dictionary(node: Node = node) -> bool:
+            return living <= (await node.dht.get_prefix(GRID, "ffn")).coordinates.keys()
+
+        async def grid(node: Node = node) -> bool:
+            return await node.dht.get_manifest("ffn") == made
+
+        for peer, uid in rng.sample(sorted(uids.items()), 3):
+            await done.until(partial(lease, peer, uid))
+        await done.until(dictionary)
+        await done.until(grid)
+    return done

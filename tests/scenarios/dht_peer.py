@@ -1,0 +1,41 @@
+"""A node without experts in a process of its own: `python -m tests.scenarios.dht_peer ADDRESS UID`.
+
+It joins, claims the uid, says `UID ID` and waits to be killed.
+"""
+
+import sys
+
+import trio
+
+from p2pmoe.dht.leases import LeaseRefused
+from p2pmoe.errors import QuorumNotReached
+from p2pmoe.node import Node, NodeConfig, open_node
+from p2pmoe.wire.address import Address
+from tests.dht.swarm_of_ids import GRID
+
+LOOPBACK = Address("127.0.0.1", 0)
+
+
+async def claim(node: Node, uid: str) -> None:
+    """Take a lease, however long that takes where the processor is busy."""
+    while True:
+        try:
+            await node.dht.claim(GRID, uid)
+        except (LeaseRefused, QuorumNotReached):
+            await trio.sleep(1)
+        else:
+            return
+
+
+async def main(address: str, uid: str) -> None:
+    """Live until the process ends."""
+    config = NodeConfig(peers=(Address.parse(address),), listen=LOOPBACK, join_within=60.0)
+    async with open_node(config) as node:
+        await claim(node, uid)
+        sys.stdout.write(f"{uid} {node.id.hex}\n")
+        sys.stdout.flush()
+        await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    trio.run(main, *sys.argv[1:])
