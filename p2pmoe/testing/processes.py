@@ -1,4 +1,4 @@
-"""The server processes of `p2pmoe demo`: started, watched, killed, and always ended.
+"""Servers as processes on this machine: started, watched, killed, and always ended.
 
 Each is `python -m p2pmoe node` with a home of its own in one temporary folder, where its output
 and its log are. None outlives this process: `open_servers` ends them, and where Linux can tell them
@@ -77,7 +77,7 @@ class Server:
 
 
 class Servers(list[Server]):
-    """All servers of a demo, the first one first."""
+    """All servers of a run, the first one first."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Servers(list[Server]):
         folder = self.folder / name
         folder.mkdir()
         command = [sys.executable, "-m", "p2pmoe", "node", "--listen", "127.0.0.1:0"]
-        command += ["--log-format", "json", "--threads", "1", *options]
+        command += ["--log-format", "json", *options]
         inherited = {key: text for key, text in os.environ.items() if not key.startswith("P2PMOE_")}
         with (folder / "output").open("wb") as output, (folder / "log").open("wb") as log:
             process = subprocess.Popen(  # noqa: S603  this package's own command
@@ -98,7 +98,7 @@ class Servers(list[Server]):
                 stdout=output,
                 stderr=log,
                 env=inherited | {"P2PMOE_HOME": str(folder)},
-                process_group=0,  # a Ctrl-C is for the demo, which ends them in order
+                process_group=0,  # a Ctrl-C is for their parent, which ends them in order
                 preexec_fn=_die_with_parent(),
             )
         server = Server(name, folder, process)
@@ -132,7 +132,7 @@ class Servers(list[Server]):
 @contextmanager
 def open_servers(say: Callable[[str], None]) -> Iterator[Servers]:
     """Servers that have ended when the block does. Their logs stay if it fails, and are shown."""
-    servers = Servers(Path(tempfile.mkdtemp(prefix="p2pmoe-demo-")))
+    servers = Servers(Path(tempfile.mkdtemp(prefix="p2pmoe-servers-")))
     try:
         yield servers
     except Exception:
