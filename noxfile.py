@@ -55,7 +55,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def soak(session: nox.Session) -> None:
     """Run the long profiles that the ordinary tests leave out."""
-    shared(session, "dev", "-m", "pytest", "-m", "soak", *session.posargs)
+    shared(session, "dev,fuzz", "-m", "pytest", "-m", "soak", *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -72,10 +72,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def fuzz(session: nox.Session) -> None:
-    """Fuzz one parser, as in `-- cbor --minutes 5`; without arguments each of them for a minute."""
+    """Fuzz one parser, as in `-- cbor --minutes 5`; without its name each of them as long."""
     harnesses = sorted(path.stem.removeprefix("fuzz_") for path in Path("fuzz").glob("fuzz_*.py"))
-    for arguments in [session.posargs] if session.posargs else [[name] for name in harnesses]:
-        shared(session, "fuzz", "fuzz/run.py", *arguments)
+    options = list(session.posargs)
+    names = [options.pop(0)] if options and not options[0].startswith("-") else harnesses
+    for name in names:
+        shared(session, "fuzz", "fuzz/run.py", name, *options)
 
 
 @nox.session(reuse_venv=True)

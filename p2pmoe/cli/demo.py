@@ -42,9 +42,9 @@ def command(
     """
     import torch
 
-    from p2pmoe.cli.demo_servers import open_servers
     from p2pmoe.cli.demo_training import DemoOptions, run_demo
     from p2pmoe.cli.demo_view import open_view, rounded, show_summary
+    from p2pmoe.testing.processes import open_servers
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)  # the servers need the other cores

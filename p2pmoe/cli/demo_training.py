@@ -29,13 +29,13 @@ from p2pmoe.cli.demo_model import (
     Trainer,
     load_digits,
 )
-from p2pmoe.cli.demo_servers import Servers
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.blocks import initial_seed
 from p2pmoe.experts.manifest import offer_for
 from p2pmoe.experts.uid import Grid
 from p2pmoe.moe.layer import DMoE, MixtureInfo
 from p2pmoe.swarm import Swarm, connect
+from p2pmoe.testing.processes import Servers
 from p2pmoe.wire.address import Address
 
 GRIDS = (Grid("low", (4, 4)), Grid("high", (4, 4)))
@@ -163,7 +163,7 @@ def start_servers(servers: Servers, count: int, view: View) -> None:
         share = CELLS * (number + 1) // count - CELLS * number // count
         first = ["--new-swarm", *grids, "--hidden-dim", str(FEATURES)]
         place = ["--peer", servers[0].address] if number else first
-        server = servers.start([*place, "--experts", str(share), *learning])
+        server = servers.start([*place, "--experts", str(share), "--threads", "1", *learning])
         if not number:
             view.say("starting the first server")
             server.wait_ready()

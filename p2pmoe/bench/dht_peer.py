@@ -1,0 +1,86 @@
+"""One peer of `p2pmoe bench dht`, as a process: it reads orders on stdin and answers on stdout.
+
+An order is a JSON object a line: `{"id", "store": name, "value": text}` or `{"id", "get": name}`.
+The answer has the same id and, for a get, the value found. The value is carried by a manifest,
+which is what this DHT keeps for any name. The process ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import trio
+
+from p2pmoe.dht.messages import Manifest, TensorSchema
+from p2pmoe.errors import P2PMoEError
+from p2pmoe.node import Node, NodeConfig, open_node
+from p2pmoe.wire.address import Address
+from p2pmoe.wire.envelope import Kind, seal
+
+PIECE = 256  # characters of one option of a manifest
+ROW = (TensorSchema(dtype="float32", shape=(1,)),)
+
+
+async def main(peers: list[str]) -> None:
+    """A node on any port of loopback that obeys orders until there are no more."""
+    config = NodeConfig(
+        peers=tuple(map(Address.parse, peers)),
+        new_swarm=not peers,
+        listen=Address("127.0.0.1", 0),
+        stop_within=1.0,
+    )
+    async with open_node(config) as node, trio.open_nursery() as orders:
+        _say({"address": str(node.address)})
+        async for order in _orders():
+            orders.start_soon(_obey, node, order)
+
+
+async def _orders() -> AsyncIterator[dict[str, Any]]:
+    async for line in trio.wrap_file(sys.stdin):
+        yield json.loads(line)
+
+
+async def _obey(node: Node, order: dict[str, Any]) -> None:
+    answer: dict[str, Any] = {"id": order["id"]}
+    try:
+        if "store" in order:
+            await node.dht.put_manifest(seal(node.keys, _manifest(order), **_sealing(node)))
+        else:
+            found = await node.dht.get_manifest(order["get"])
+            answer["value"] = found and "".join(found.body.options.values())
+    except P2PMoEError as error:
+        answer["error"] = str(error)
+    _say(answer)
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def _sealing(node: Node) -> dict[str, Any]:
+    return {"kind": Kind.MANIFEST, "network": node.network}
+
+
+def _manifest(order: dict[str, Any]) -> Manifest:
+    """The value in pieces, under the name."""
+    text = order["value"]
+    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    return Manifest(
+        name=order["store"],
+        cells=(1,),
+        expert_class="value",
+        dtype="float32",
+        hidden_dim=1,
+        inputs=ROW,
+        outputs=ROW,
+        options={f"{index:02}": piece for index, piece in enumerate(pieces)},
+        created_ms=0,
+    )
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1:])

@@ -1,0 +1,35 @@
+"""The experts that benchmarks ask: one that computes nothing, and the feed-forward block.
+
+A server names them as `p2pmoe.bench.experts:Nop`. They have no residual and no normalisation, so
+that the work is the same as that of other systems.
+"""
+
+# T rows, D features
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+NAME = __name__
+EXPANSION = 4  # inner features per feature; Vaswani et al. 2017, section 3.3
+
+
+class Nop(nn.Module):
+    """Returns its rows; what is left is the cost of the call."""
+
+    def __init__(self, hidden_dim: int) -> None:  # noqa: ARG002  every expert class takes its width
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The rows themselves; with a gradient where one is asked for."""
+        return x_TD + 0 * self.weight if torch.is_grad_enabled() else x_TD.clone()
+
+
+class Ffn(nn.Sequential):
+    """Linear, GELU, Linear, four times as wide inside."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        inner = EXPANSION * hidden_dim
+        super().__init__(nn.Linear(hidden_dim, inner), nn.GELU(), nn.Linear(inner, hidden_dim))
