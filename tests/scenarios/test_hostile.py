@@ -146,7 +146,7 @@ LIES = Attack(
 )  # fmt: skip
 DAWDLERS = Attack(
     (Crowd(SLOW, 150), *each((SILENT, SILENT_MEMBER, SLOW_MEMBER, SLOW_GUEST, NEVER_READS)),
-     Crowd(ANNOUNCED, 2), Crowd(ANNOUNCED_AND_CHATTING, 2)),
+     *each((ANNOUNCED, ANNOUNCED_AND_CHATTING))),  # more would be refused, and may then stay
     seconds=1.0,
     gone=4.5,
 )  # fmt: skip
