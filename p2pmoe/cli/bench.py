@@ -22,7 +22,7 @@ ITEMS = {
     "moe": "A mixture on two servers: training steps a second, and what choosing experts takes.",
     "beam": "Choosing experts alone.",
     "dht": "Peers of the DHT: storing and reading 1 KB values, also after a third was killed.",
-    "footprint": "Memory, processes and descriptors of an idle peer and an idle server.",
+    "footprint": "Memory and processes of an idle peer and of an idle server.",
     "startup": "Seconds from a server's start to its first answer.",
     "fault": "Training steps while one of two servers is killed.",
     "local": "The limit: the same work in plain torch, in one process.",
@@ -80,7 +80,7 @@ def command(
     plot: Path | None,
     **options: Any,
 ) -> None:
-    r"""Measure this installation on this machine.
+    """Measure this installation on this machine.
 
     ITEM is rpc, moe, beam, dht, footprint, startup, fault, local, or compare. An item takes those
     of the options that its work has; without options it is the work that our figures are for.
@@ -88,7 +88,7 @@ def command(
     \b
     p2pmoe bench rpc --json > ours.jsonl
     p2pmoe bench compare theirs.jsonl ours.jsonl
-    """
+    """  # noqa: D301  click wants the character itself
     given = {name: value for name, value in options.items() if value is not None}
     if item == "compare":
         _compare(files, as_json=as_json, plot=plot, refused=sorted(given))

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from p2pmoe.cli.settings import NETWORK
-from p2pmoe.cli.units import DURATION
+from p2pmoe.cli.joining import Joining, joining_options
 from p2pmoe.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -20,22 +19,11 @@ COLUMNS = ("uid", "peer", "lease", "expires", "address")
 
 @click.command("experts", cls=Verb)
 @click.argument("prefix", required=False)
-@click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="HOST:PORT[/ID]",
-    help="A peer of the swarm; by default the node of this machine. May be repeated.",
-)
-@click.option("--network", default=NETWORK, help="The swarm's network.")
-@click.option("--timeout", type=DURATION, default="20s", help="Give up after so long.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@joining_options
 def command(
     *, prefix: str | None, peers: tuple[str, ...], network: str, timeout: float, as_json: bool
 ) -> None:
     """List the experts below PREFIX, such as ffn or ffn.3, or all that known peers serve."""
-    from p2pmoe.cli.joining import Joining
-
     rows = Joining(peers, network, timeout).run(lambda dht: _experts(dht, prefix))
     if as_json:
         print(json.dumps({"experts": rows}))

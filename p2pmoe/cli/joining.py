@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from p2pmoe.cli.settings import NETWORK
+from p2pmoe.cli.units import DURATION
 
 if TYPE_CHECKING:
     from p2pmoe.dht.service import DhtService
@@ -13,6 +18,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HERE = "127.0.0.1"
 GOODBYE = 1.0  # seconds; nobody waits for a verb that only asks
+
+OPTIONS = (
+    click.option(
+        "--peer",
+        "peers",
+        multiple=True,
+        metavar="HOST:PORT[/ID]",
+        help="A peer of the swarm; by default the node of this machine. May be repeated.",
+    ),
+    click.option("--network", default=NETWORK, help="The swarm's network."),
+    click.option("--timeout", type=DURATION, default="20s", help="Give up after so long."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+)
+
+
+def joining_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every verb that joins for one question."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from p2pmoe.cli.joining import GOODBYE, HERE
 from p2pmoe.cli.settings import NETWORK
 from p2pmoe.cli.units import DURATION, seconds_text
 from p2pmoe.cli.verbs import Verb
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from p2pmoe.wire.address import Address
     from p2pmoe.wire.status import MemberRow
 
-HERE = "127.0.0.1"
-GOODBYE = 1.0  # seconds; nobody waits for a verb that only asks
 EVERY = 1.0  # seconds between two looks with --watch
 ORDER = ("self", "suspect", "alive", "dead", "left")  # of states: what to look at comes first
 STYLES = {"self": "bold", "alive": "green", "suspect": "yellow", "dead": "red", "left": "dim"}

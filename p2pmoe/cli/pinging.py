@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from p2pmoe.cli.joining import GOODBYE
 from p2pmoe.errors import CallTimeout, P2PMoEError, PeerUnreachable
 from p2pmoe.identity import KeyPair
 from p2pmoe.net.connection import Connection, Terms
@@ -28,7 +29,6 @@ from p2pmoe.wire.address import Address
 from p2pmoe.wire.envelope import VerifiedCache
 from p2pmoe.wire.status import ECHO, EchoReply, EchoRequest
 
-GOODBYE = 1.0  # seconds; nobody waits for a verb that only asks
 ADVICE = {
     "resolve": "check how the name is spelled, or give a numeric address",
     "connect": "check that a node runs there and listens on this port, and the firewalls between",

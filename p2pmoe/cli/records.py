@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from p2pmoe.cli.settings import NETWORK
-from p2pmoe.cli.units import DURATION, seconds_text
+from p2pmoe.cli.joining import Joining, joining_options
+from p2pmoe.cli.units import seconds_text
 from p2pmoe.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -25,22 +25,11 @@ COLUMNS = ("holder", "publisher", "says", "version", "left", "differs")
 
 @click.command("records", cls=Verb)
 @click.argument("key")
-@click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="HOST:PORT[/ID]",
-    help="A peer of the swarm; by default the node of this machine. May be repeated.",
-)
-@click.option("--network", default=NETWORK, help="The swarm's network.")
-@click.option("--timeout", type=DURATION, default="20s", help="Give up after so long.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@joining_options
 def command(
     *, key: str, peers: tuple[str, ...], network: str, timeout: float, as_json: bool
 ) -> None:
     """Show who holds what under KEY: a uid, a prefix, a grid's name, or a key in hex."""
-    from p2pmoe.cli.joining import Joining
-
     facts = Joining(peers, network, timeout).run(partial(_records, text=key))
     if as_json:
         print(json.dumps({"keys": facts}))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from p2pmoe.cli.joining import GOODBYE, HERE
 from p2pmoe.cli.settings import NETWORK
 from p2pmoe.cli.units import DURATION, seconds_text
 from p2pmoe.cli.verbs import Verb
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from p2pmoe.wire.address import Address
     from p2pmoe.wire.status import NodeStatus
 
-HERE = "127.0.0.1"
-GOODBYE = 1.0  # seconds; nobody waits for a verb that only asks
 EXPERTS = "experts"  # the section of a node's answer that a server adds
 STATES = ("alive", "suspect", "dead", "left")  # of members
 COLUMNS = {
