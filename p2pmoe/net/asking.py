@@ -73,7 +73,8 @@ class OutgoingCall:
 class Replies:
     """The parts of an answer, as they come; asked for again where it was certainly not begun.
 
-    `ask` begins the call on a connection.
+    `ask` begins the call on a connection. Used in an `async with` block, which cancels at its end
+    what has not ended.
     """
 
     def __init__(self, ask: Callable[[], Awaitable[OutgoingCall]]) -> None:
@@ -81,14 +82,22 @@ class Replies:
         self._attempts = 0
         self._call: OutgoingCall | None = None
 
+    async def __aenter__(self) -> Replies:
+        self._call = await self._begin()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._call is not None:
+            self._call.close()
+
     def __aiter__(self) -> Replies:
         return self
 
     async def __anext__(self) -> Part:
         while True:
-            call = self._call or await self.begin()
+            self._call = self._call or await self._begin()
             try:
-                part = await call.next_part()
+                part = await self._call.next_part()
             except NotBegun:
                 self._call = None
                 if self._attempts == ATTEMPTS:
@@ -98,13 +107,7 @@ class Replies:
                     raise StopAsyncIteration
                 return part
 
-    async def begin(self) -> OutgoingCall:
+    def _begin(self) -> Awaitable[OutgoingCall]:
         """Ask, for the first time or again."""
         self._attempts += 1
-        self._call = await self._ask()
-        return self._call
-
-    def close(self) -> None:
-        """Nobody reads on: the call is cancelled if it has not ended."""
-        if self._call is not None:
-            self._call.close()
+        return self._ask()

@@ -20,6 +20,7 @@ from p2pmoe.net.outbox import Buffer, Outbox, views_of
 from p2pmoe.net.quota import PeerQuota
 
 MAX_MS = 2**32 - 1  # the largest budget or hint that fits its field
+NOTHING = memoryview(bytearray())  # the payload of a message without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +107,29 @@ class Desk:
 
 
 class Assembly:
-    """A payload on its way in, and the body that came before it."""
+    """A payload on its way in, and the body that came before it.
 
-    __slots__ = ("body", "buffer", "missing")
+    One that comes in a single chunk is copied as it is; `allocate` makes room for a longer one.
+    """
 
-    def __init__(self, body: bytes, buffer: memoryview) -> None:
-        self.body, self.buffer, self.missing = body, buffer, len(buffer)
+    __slots__ = ("_allocate", "body", "buffer", "missing", "size")
+
+    def __init__(self, body: bytes, size: int, allocate: Callable[[int], memoryview]) -> None:
+        self.body, self.size, self.missing = body, size, size
+        self.buffer = NOTHING
+        self._allocate = allocate
 
     def fill(self, chunk: memoryview) -> bool:
         """Add a chunk; whether the payload is whole now."""
-        size = len(chunk)
-        if size > self.missing:
-            raise MalformedMessage("exchange.too_many_bytes", f"{size} of {self.missing}")
-        at = len(self.buffer) - self.missing
-        self.buffer[at : at + size] = chunk
-        self.missing -= size
+        length, missing = len(chunk), self.missing
+        if length > missing:
+            raise MalformedMessage("exchange.too_many_bytes", f"{length} of {missing}")
+        if length == self.size:
+            self.buffer = memoryview(bytearray(chunk))
+        else:
+            if missing == self.size:
+                self.buffer = self._allocate(missing)
+            at = self.size - missing
+            self.buffer[at : at + length] = chunk
+        self.missing -= length
         return not self.missing

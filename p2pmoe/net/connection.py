@@ -8,7 +8,6 @@ makes no progress, or is cut, ends the connection.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
@@ -30,6 +29,7 @@ from p2pmoe.errors import (
 )
 from p2pmoe.identity import PeerId
 from p2pmoe.net.asking import NotBegun, OutgoingCall
+from p2pmoe.net.buffers import allocate
 from p2pmoe.net.calls import (
     CallArrived,
     CallCancelled,
@@ -53,7 +53,7 @@ SEND_BYTES = 512 * 1024  # of frames joined into one send; two chunks
 
 
 class IncomingCall:
-    """A call that came in. `payload` is a writable buffer of its own, aligned to a page."""
+    """A call that came in. `payload` is a writable buffer of its own."""
 
     __slots__ = ("_connection", "_id", "body", "method", "payload", "peer", "record")
 
@@ -217,15 +217,19 @@ class Connection:
                 await self._wake.park()
                 continue
             try:
-                with trio.fail_after(self._limits.grace + size / self._limits.least_rate):
-                    await self._frames.send(batch)
+                if not self._frames.start(batch):
+                    with trio.fail_after(self._limits.grace + size / self._limits.least_rate):
+                        await self._frames.finish()
+                elif self._core.sendable:
+                    await trio.lowlevel.checkpoint()  # others have their turn
             except trio.TooSlowError:
                 self.drop(ConnectionLost("the other side does not read"))
             except ConnectionLost as error:  # what it sent before is still read
                 self._cut = error
                 self._close_within(self._limits.closing)
                 return
-            self._room.unpark_all()
+            if self._room:
+                self._room.unpark_all()
             self._changed()
 
     def _next_batch(self) -> tuple[list[OutFrame], int]:
@@ -251,9 +255,11 @@ class Connection:
     async def _answer(self, call: IncomingCall, number: int, scope: trio.CancelScope) -> None:
         code, detail, retry_after = "", "", None
         try:
+            wanted = not scope.cancel_called  # else it is not even begun
             with scope:
-                await self._handler(call.method)(call)
-            if scope.cancelled_caught:
+                if wanted:
+                    await self._handlers.get(call.method, _no_handler)(call)
+            if scope.cancelled_caught or not wanted:
                 code, detail = CallTimeout.code, "no answer by the deadline"
         except P2PMoEError as error:
             code, detail = error.code, str(error)
@@ -284,9 +290,6 @@ class Connection:
         if size:
             self._heard_bytes += size
             self._core.heard(size, now, inside_frame=self._frames.inside_frame)
-
-    def _handler(self, method: str) -> Handler:
-        return self._handlers.get(method, _no_handler)
 
     def _taken(self, call: int, size: int) -> None:
         self._core.taken(call, size)
@@ -330,7 +333,8 @@ class Connection:
     def _changed(self) -> None:
         """After anything that may give the writer work, or leave nothing to do."""
         if self._core.sendable:
-            self._wake.unpark_all()
+            if self._wake:
+                self._wake.unpark_all()
         elif self._core.finished and self._frames.whole:
             # Who said goodbye first lets the other side close, which may still have to read.
             self._close_within(0 if self._core.left else self._limits.closing)
@@ -390,10 +394,3 @@ def _params(terms: Terms, account: PeerQuota) -> ExchangeParams:
         payload_bytes=MAX_PAYLOAD_BYTES if terms.bulk else chunk_bytes,
         ping_after=limits.ping_bulk if terms.bulk else limits.ping_control,
     )
-
-
-def allocate(size: int) -> memoryview:
-    """A writable buffer that takes memory only as it is filled; aligned to a page."""
-    if not size:
-        return memoryview(bytearray())
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

@@ -54,6 +54,7 @@ class Greeted:
 
     peer: PeerId
     record: Signed[PeerRecord] | None
+    host: str = ""  # as `Channel.host`
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,11 @@ class Greeter:
             reason = f"the {them} speaks protocol {spoken}, the {us} {VERSION_MIN} to {VERSION_MAX}"
             raise failure(VersionMismatch, "hello", channel.remote, reason)
         if not theirs.record:
-            return Greeted(channel.peer, None)
+            return Greeted(channel.peer, None, channel.host)
         record = open_record(theirs.record, self.network, self.verified)
         if record.signer != channel.peer:
             raise MalformedMessage("hello.record", f"the {them} sent the record of another peer")
-        return Greeted(channel.peer, record)
+        return Greeted(channel.peer, record, channel.host)
 
 
 async def _first_header(frames: FrameStream) -> Header:

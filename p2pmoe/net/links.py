@@ -54,6 +54,42 @@ class Dial:
         return self.connection
 
 
+class Dials:
+    """The dials under way, and whom they want where."""
+
+    def __init__(self) -> None:
+        self._all: set[Dial] = set()
+        self._aims: dict[_Aim, Dial] = {}
+
+    def __iter__(self) -> Iterator[Dial]:
+        return iter(self._all)
+
+    def add(self, dial: Dial) -> None:
+        """It has been ordered."""
+        self._all.add(dial)
+        self._aims[_aim(dial)] = dial
+
+    def remove(self, dial: Dial) -> None:
+        """It has come to an end."""
+        self._all.discard(dial)
+        if self._aims.get(_aim(dial)) is dial:
+            del self._aims[_aim(dial)]
+
+    def like(self, dial: Dial) -> Dial | None:
+        """The one with the same aim, if it can be waited for."""
+        under_way = self._aims.get(_aim(dial))
+        return None if under_way is None or under_way.done.is_set() else under_way
+
+
+_Aim = tuple[bool, str, tuple[tuple[str, int], ...]]
+
+
+def _aim(dial: Dial) -> _Aim:
+    """Who is wanted where: an id, or as much of it as the one address tells."""
+    wanted = dial.expect.hex if dial.expect else "".join(a.peer_prefix for a in dial.addresses)
+    return dial.bulk, wanted, tuple((each.host, each.port) for each in dial.addresses)
+
+
 def _epoch(connection: Connection) -> int:
     """When the peer's process began, as its record says; 0 where it has none."""
     record = connection.greeted.record

@@ -6,11 +6,11 @@ dialled gives its calls odd ids, the other side even ones; ids grow and are neve
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 
-from p2pmoe.wire import schema
+from p2pmoe.wire import cbor, schema
 from p2pmoe.wire.peer_record import MAX_RECORD_BYTES
 from p2pmoe.wire.schema import U16, U32, U64, Bytes32, Message, Text24, Text64
 from p2pmoe.wire.tensor import MAX_TENSOR_BYTES
@@ -120,8 +120,15 @@ class Pong(Message, frozen=True, kw_only=True, tag_field="t", tag="pong"):
 Header = (
     Hello | Refuse | Request | Reply | Chunk | Credit | Cancel | End | Goodbye | Ping | Pong
 )  # what a frame may begin with
+_KINDS: dict[object, type[Message]] = {
+    kind.__struct_config__.tag: kind for kind in get_args(Header)
+}
 
 
 def decode_header(data: bytes) -> Header:
     """A frame's header from its bytes; raises as `schema.decode`."""
-    return cast("Header", schema.decode(data, cast("Any", Header)))
+    value = cbor.loads(data)
+    tag = value.get("t") if type(value) is dict else None
+    # One kind is converted in a tenth of the time that msgspec takes to look into a union.
+    kind = _KINDS.get(tag) if type(tag) is str else None
+    return cast("Header", schema.convert(value, kind or cast("Any", Header)))

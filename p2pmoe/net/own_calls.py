@@ -113,7 +113,7 @@ class OwnCalls:
             detail = f"this node has no room for an answer of {reply.size} bytes"
             wait = self._desk.quota.params.come_again
             return [CallEnded(reply.id, PeerBusy.code, detail, wait)]
-        assembly = Assembly(reply.body, self._desk.allocate(reply.size))
+        assembly = Assembly(reply.body, reply.size, self._desk.allocate)
         if reply.size:
             own.assembly = assembly
             if not own.withheld:
@@ -138,7 +138,7 @@ class OwnCalls:
             self._desk.outbox.announce(call, own.window.free(len(chunk)))
         if not whole:
             return []
-        own.untaken += len(assembly.buffer)
+        own.untaken += assembly.size
         self._drop_assembly(call, own)
         return [PartArrived(call, Part(assembly.body, assembly.buffer))]
 
@@ -182,7 +182,7 @@ class OwnCalls:
 
     def _drop_assembly(self, call: int, own: _Call) -> None:
         if own.assembly:
-            self._desk.quota.release(len(own.assembly.buffer))
+            self._desk.quota.release(own.assembly.size)
             own.assembly = None
             self._receiving.discard(call)
 

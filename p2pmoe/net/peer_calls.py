@@ -100,7 +100,7 @@ class PeerCalls:
         deadline = now + min(request.budget_ms / 1000, quota.params.call_seconds)
         theirs = self._calls[call] = _Call(request, deadline)
         self._desk.outbox.open(call)
-        assembly = Assembly(request.body, self._desk.allocate(request.size))
+        assembly = Assembly(request.body, request.size, self._desk.allocate)
         if not request.size:
             return [_arrived(call, theirs, assembly)]
         theirs.assembly = assembly

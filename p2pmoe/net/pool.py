@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -32,14 +32,15 @@ from p2pmoe.net.backoff import BackoffParams
 from p2pmoe.net.calls import Part
 from p2pmoe.net.connection import Connection, Handler
 from p2pmoe.net.door import Door
+from p2pmoe.net.events import DialFailed, PeerConnected, PeerLost, PoolEvent
 from p2pmoe.net.greeting import Greeted, Greeter
-from p2pmoe.net.links import Dial, Links
+from p2pmoe.net.links import Dial, Dials, Links
 from p2pmoe.net.outbox import Buffer
 from p2pmoe.net.quota import Quota, QuotaParams
 from p2pmoe.net.transport import Channel, Transport
 from p2pmoe.wire.address import Address
-from p2pmoe.wire.envelope import Signed, VerifiedCache
-from p2pmoe.wire.peer_record import Contact, PeerRecord
+from p2pmoe.wire.envelope import VerifiedCache
+from p2pmoe.wire.peer_record import Contact
 
 __all__ = [
     "DialFailed",
@@ -70,37 +71,6 @@ class PoolParams:
     call_seconds: float = 30.0  # s for a call whose caller has no deadline; a guess
 
 
-@dataclass(frozen=True, slots=True)
-class PeerConnected:
-    """A connection to a peer was made; this side dialled if `outbound`."""
-
-    peer: PeerId
-    record: Signed[PeerRecord] | None
-    outbound: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLost:
-    """A peer's last connection ended: by a goodbye, or for the reason in `error`.
-
-    With a dial under way it is not lost before that fails.
-    """
-
-    peer: PeerId
-    error: P2PMoEError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DialFailed:
-    """A peer could not be reached."""
-
-    peer: PeerId
-    error: P2PMoEError
-
-
-PoolEvent = PeerConnected | PeerLost | DialFailed
-
-
 class Pool:
     """The connections of one node. `handlers` answer calls by method, and may be added to.
 
@@ -125,7 +95,7 @@ class Pool:
         self._door = Door(transport, greeter, self._quota, self.handlers)
         self._peers: OrderedDict[PeerId, Links] = OrderedDict()
         self._orders, self._dials = trio.open_memory_channel[Dial](WAITING_DIALS)
-        self._under_way: set[Dial] = set()
+        self._under_way = Dials()
         self._ended = trio.lowlevel.ParkingLot()  # drain waits here for connections to end
 
     # -------------------------------------------------------------- calls
@@ -154,8 +124,7 @@ class Pool:
         error.peer, error.stage, error.elapsed = to.peer.short, "call", self._params.call_seconds
         raise error
 
-    @asynccontextmanager
-    async def open_call(
+    def open_call(
         self,
         to: Contact,
         method: str,
@@ -163,8 +132,8 @@ class Pool:
         payload: Iterable[Buffer] = (),
         *,
         bulk: bool = False,
-    ) -> AsyncIterator[AsyncIterator[Part]]:
-        """Ask for an answer of many parts, each yielded when it has come.
+    ) -> Replies:
+        """Ask for an answer of many parts: `async with` this, then `async for` what has come.
 
         Leaving the block cancels the call on the far side if it has not ended. The buffers must not
         change inside the block. Raises as `call`, but for `CallTimeout`.
@@ -175,17 +144,17 @@ class Pool:
             connection = await self._connection(to, bulk=bulk)
             return connection.ask(method, body, buffers, self._budget())
 
-        replies = Replies(ask)
-        await replies.begin()
-        try:
-            yield replies
-        finally:
-            replies.close()
+        return Replies(ask)
 
     async def connect(self, address: Address) -> Greeted:
-        """Dial an address whose peer is not known yet. Raises as a dial does in `call`."""
-        dial = Dial((address,), None, bulk=False)
-        return (await self._order(dial).wait()).greeted
+        """Dial an address whose peer is not known yet. Raises as a dial does in `call`.
+
+        Those who want the same at the same time share one dial.
+        """
+        while True:
+            connection = await self._order(Dial((address,), None, bulk=False)).wait()
+            if connection.outbound:  # else the peer has dialled meanwhile, which says nothing of it
+                return connection.greeted
 
     def usable(self, peer: PeerId) -> bool:
         """Whether a call to this peer would be tried: it is connected, or not in its back-off."""
@@ -227,8 +196,8 @@ class Pool:
             for dial in self._under_way:
                 dial.end(NodeClosed(CLOSED))
 
-    async def accepted(self, channel: Channel) -> None:
-        """Work on a channel that came in, until it ends. Give this to `Transport.serve`."""
+    async def accepted(self, channel: Channel) -> P2PMoEError | None:
+        """Work on a channel that came in, until it ends; why it did. For `Transport.serve`."""
         try:
             connection = await self._door.accept(channel)
         except P2PMoEError as error:
@@ -236,8 +205,9 @@ class Pool:
             telemetry.complain(
                 channel.peer.hex, "net.greeting.refused", peer=channel.peer, error=error
             )
-            return
+            return error
         await self._live(connection)
+        return connection.error
 
     async def drain(self) -> None:
         """Say goodbye to everybody: begin no calls, and wait until those in flight are answered."""
@@ -280,9 +250,11 @@ class Pool:
                 self._order(Dial(to.addresses, to.peer, bulk=True))
 
     def _order(self, dial: Dial) -> Dial:
-        """Hand a dial to the pool's own task."""
+        """Hand a dial to the pool's own task; the one with its aim that is under way, if any."""
         if self._door.closed:
             raise NodeClosed(CLOSED)
+        if (under_way := self._under_way.like(dial)) is not None:
+            return under_way
         if dial.expect is not None:
             self._check(dial.expect)
         try:
@@ -320,7 +292,7 @@ class Pool:
 
     def _dialled(self, dial: Dial, outcome: Connection | P2PMoEError) -> None:
         """Tell those that wait; a peer that was not reached is left alone for a while."""
-        self._under_way.discard(dial)
+        self._under_way.remove(dial)
         if dial.expect is not None:
             links = self._links(dial.expect)
             if links.dials.get(dial.bulk) is dial:
@@ -335,7 +307,8 @@ class Pool:
         """A connection among the others, until it ends."""
         links = self._links(connection.peer)
         links.add(connection)
-        self._notify(PeerConnected(connection.peer, connection.greeted.record, connection.outbound))
+        greeted = connection.greeted
+        self._notify(PeerConnected(greeted.peer, greeted.record, connection.outbound, greeted.host))
         if self._door.closed:
             connection.retire()
         for surplus in list(links.surplus()):
@@ -389,7 +362,7 @@ class Pool:
             observer(event)
 
 
-async def _one_part(answer: AbstractAsyncContextManager[AsyncIterator[Part]]) -> Part:
+async def _one_part(answer: Replies) -> Part:
     async with answer as replies:
         parts = [part async for part in replies]
     if len(parts) != 1:

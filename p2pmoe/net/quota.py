@@ -45,6 +45,8 @@ class QuotaParams:
     strangers_an_address: int = 8  # at once from one global address; a guess
     handshake: float = 5.0  # s, until both keys are proven; a guess, as long as the greeting gets
     handshakes: Rate = Rate(200, 5)  # begun a second, others wait; a guess, a third of one core
+    accepts: Rate = Rate(500, 100)  # connections taken in a second; a guess, a fifth of one core
+    backlog: int = 512  # that the system keeps meanwhile; others try again, after a second with TCP
     linger: float = 0.5  # s in which a refused client may read why; a guess
     linger_bytes: int = 64 * KIB  # what a refused client may still have under way; a guess
     accept_pause: float = 0.1  # s without accepting when descriptors have run out; as trio does
@@ -58,6 +60,10 @@ class QuotaParams:
     connections_in: int = 384  # that others dialled, so that oneself can always dial; a guess
     connections_an_address: int = 64  # that one global address dialled; a guess
     connections_a_peer: int = 2  # of each class: one, and one more while two dials cross
+    # addresses whose peers broke the protocol, those that are not global, too
+    offences: Rate = Rate(0.1, 5)  # forgiven; a guess, an honest peer commits none
+    disgrace: float = 60.0  # s from an offence beyond these; a guess
+    handshakes_in_disgrace: Rate = Rate(1, 1)  # begun a second, for all from there; a guess
     # calls
     calls_a_peer: int = 256  # in flight; yamux's backlog of streams
     call_seconds: float = 300.0  # s, the longest deadline that a call may have here; a guess
@@ -74,7 +80,7 @@ class QuotaParams:
     faults: Rate = Rate(1, 50)  # calls with a malformed body; a guess, an honest peer has none
     cancels: Rate = Rate(500, 1000)  # a guess; HTTP/2's rapid resets came by the 10,000
     pings_heard: Rate = Rate(10, 100)  # a guess; this package sends one in ten seconds
-    frames: Rate = Rate(10_000, 20_000)  # of all kinds; a guess, thrice what Python can answer
+    frames: Rate = Rate(30_000, 60_000)  # of all kinds; a guess, twice what Python can answer
     # what waits to be sent
     small_frames: int = 512  # answers and the like; twice the calls in flight
     # progress of a frame or payload that has begun, and of one that is being sent

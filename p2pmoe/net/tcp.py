@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -20,18 +21,20 @@ from p2pmoe import telemetry
 from p2pmoe.errors import (
     AddressInUse,
     ConfigurationError,
+    MalformedMessage,
     P2PMoEError,
     PeerBusy,
     PeerUnreachable,
 )
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.net.lobby import Lobby
+from p2pmoe.net.offenders import Offenders
 from p2pmoe.net.quota import QuotaParams, TokenBucket
 from p2pmoe.net.tls import Credentials, Tls
-from p2pmoe.net.transport import Channel, failure
+from p2pmoe.net.transport import Accepted, Channel, failure
 from p2pmoe.wire.address import Address
 
-Accepted = Callable[[Channel], Awaitable[None]]
+ROUNDING = 1e-6  # seconds: a token may come a hair later than was computed
 
 
 class TcpTransport:
@@ -65,7 +68,7 @@ class TcpTransport:
         task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """See `Transport.serve`."""
-        listeners = await _listen(address)
+        listeners = await _listen(address, self._quota.backlog)
         reception = _Reception(self._tls, accepted, self._quota)
         async with trio.open_nursery() as connections:
             for listener in listeners:
@@ -81,7 +84,9 @@ class _Reception:
         self._tls, self._accepted, self._quota = tls, accepted, quota
         self._lobby = Lobby(quota.strangers, quota.strangers_an_address)
         self._left = trio.lowlevel.ParkingLot()  # waits here for somebody to leave the lobby
+        self._accepts = TokenBucket(quota.accepts, trio.current_time())
         self._handshakes = TokenBucket(quota.handshakes, trio.current_time())
+        self._offenders = Offenders(quota)
         self._turn = trio.Lock()
 
     async def run(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
@@ -90,6 +95,7 @@ class _Reception:
                 while wait := self._lobby.wait(self._quota.strangers_stay, trio.current_time()):
                     with trio.move_on_after(wait):
                         await self._left.park()
+                await _turn(self._accepts.take)
                 try:
                     stream = await listener.accept()
                 except OSError as error:  # no descriptors, no memory, or a firewall
@@ -105,7 +111,9 @@ class _Reception:
         try:
             channel = await self._admit(stream)
             if channel is not None:
-                await self._accepted(channel)
+                reason = await self._accepted(channel)
+                if isinstance(reason, MalformedMessage):
+                    self._offenders.blame(channel.remote.host, trio.current_time())
         except Exception as error:  # noqa: BLE001  the edge of a task: one connection ends alone
             telemetry.complain("", "net.connection.crashed", level="error", error=repr(error))
         finally:
@@ -146,15 +154,20 @@ class _Reception:
             begun = b""
         if not begun:
             raise failure(PeerUnreachable, "tls", remote, "it closed the connection")
-        await self._await_turn()
+        await self._await_turn(remote.host)
         channel = await self._tls.accepted(stream, remote)
         return _with_user_timeout(channel, stream)
 
-    async def _await_turn(self) -> None:
+    async def _await_turn(self, host: str) -> None:
+        await _turn(partial(self._offenders.wait, host))
         async with self._turn:
-            if wait := self._handshakes.take(trio.current_time()):
-                await trio.sleep(wait)
-                self._handshakes.take(trio.current_time())
+            await _turn(self._handshakes.take)
+
+
+async def _turn(wait: Callable[[float], float]) -> None:
+    """Wait as long as `wait(now)` says so."""
+    while seconds := wait(trio.current_time()):  # noqa: ASYNC110  time alone brings a token
+        await trio.sleep(seconds + ROUNDING)
 
 
 def _refused(error: P2PMoEError, host: str) -> None:
@@ -188,9 +201,9 @@ def _reason(error: BaseException) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-async def _listen(address: Address) -> list[trio.SocketListener]:
+async def _listen(address: Address, backlog: int) -> list[trio.SocketListener]:
     try:
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=backlog)
     except OSError as error:
         kind = AddressInUse if error.errno == errno.EADDRINUSE else ConfigurationError
         raise failure(kind, "listen", address, _reason(error)) from None
@@ -207,6 +220,8 @@ def _with_user_timeout(channel: Channel, stream: trio.SocketStream) -> Channel:
     def set_user_timeout(seconds: float) -> None:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
+    with suppress(OSError):  # it is gone already
+        channel = replace(channel, host=stream.socket.getpeername()[0])
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         return channel
     return replace(channel, set_user_timeout=set_user_timeout)

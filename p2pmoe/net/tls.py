@@ -31,6 +31,7 @@ from p2pmoe.errors import (
 from p2pmoe.identity import KeyPair, PeerId, network_id, open_network_seed
 from p2pmoe.net.certificates import issue, make_authority, read_leaf
 from p2pmoe.net.quota import QuotaParams
+from p2pmoe.net.secure import SecureStream
 from p2pmoe.net.transport import Channel, failure
 from p2pmoe.wire.address import Address
 
@@ -225,7 +226,7 @@ class Tls:
             refusal.peer = peer.short
             raise refusal
         expires_at = min(leaf.expires_at, self._credentials.expires_at)
-        return Channel(secured, peer, leaf.public_key, remote, expires_at)
+        return Channel(SecureStream(secured), peer, leaf.public_key, remote, expires_at)
 
     def _wrong_peer(self, peer: PeerId, remote: Address, expect: PeerId | None) -> str:
         """Why this is not the one to talk to; empty if it is."""

@@ -37,6 +37,10 @@ class Channel:
     remote: Address
     expires_at: float
     set_user_timeout: Callable[[float], None] = _no_timeout
+    host: str = ""  # the number of the machine at the other end, where there are numbers
+
+
+Accepted = Callable[[Channel], Awaitable[P2PMoEError | None]]
 
 
 class Transport(Protocol):
@@ -58,14 +62,15 @@ class Transport(Protocol):
     async def serve(
         self,
         address: Address,
-        accepted: Callable[[Channel], Awaitable[None]],
+        accepted: Accepted,
         *,
         task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Run `accepted` in a child task for each channel that comes in, until cancelled.
 
-        Starts with the address that is bound, port 0 resolved. Raises `AddressInUse`, or
-        `ConfigurationError` when the address is none of this machine's.
+        It returns why the channel ended, `None` if nobody is to blame. Starts with the address that
+        is bound, port 0 resolved. Raises `AddressInUse`, or `ConfigurationError` when the address
+        is none of this machine's.
         """
         ...
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ import trio
 
 from p2pmoe.errors import AddressInUse, ConfigurationError, NotAllowed, PeerUnreachable
 from p2pmoe.identity import KeyPair, PeerId
-from p2pmoe.net.transport import Channel, failure
+from p2pmoe.net.transport import Accepted, Channel, failure
 from p2pmoe.wire.address import Address
 
 BUFFER_BYTES = 256 * 1024  # sent and not yet read, each way; the order of a socket's buffers
@@ -199,7 +199,7 @@ class MemoryTransport:
     async def serve(
         self,
         address: Address,
-        accepted: Callable[[Channel], Awaitable[None]],
+        accepted: Accepted,
         *,
         task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -228,7 +228,7 @@ def _wrong_peer(own: PeerId, found: PeerId, address: Address, expect: PeerId | N
     return ""
 
 
-async def _attend(channel: Channel, accepted: Callable[[Channel], Awaitable[None]]) -> None:
+async def _attend(channel: Channel, accepted: Accepted) -> None:
     try:
         await accepted(channel)
     finally:

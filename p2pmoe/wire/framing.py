@@ -10,6 +10,7 @@ byte by byte with the same result.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,8 +68,18 @@ class FrameReader:
 
         Raises `MalformedMessage` with why `frame.*` when a length is beyond the limits.
         """
-        view, size, frames = memoryview(data), len(data), list[Frame]()
-        at = self._finish(view, frames) if self._partial or self._lengths else 0
+        return list(self.frames(data))
+
+    def frames(self, data: bytes | bytearray) -> Iterator[Frame]:
+        """The same, one by one, each cut out when it is asked for.
+
+        All have to be taken before the next bytes, and before `inside_frame` means anything.
+        """
+        view, size, at = memoryview(data), len(data), 0
+        if self._partial or self._lengths:
+            whole: list[Frame] = []
+            at = self._finish(view, whole)
+            yield from whole
         while at + PREFIX.size <= size:
             lengths = PREFIX.unpack_from(view, at)
             self._check(*lengths)
@@ -78,11 +89,10 @@ class FrameReader:
             if end > size:
                 self._lengths = lengths
                 break
-            frames.append(Frame(bytes(view[at:middle]), view[middle:end]))
+            yield Frame(bytes(view[at:middle]), view[middle:end])
             at = end
         if at < size:
             self._partial += view[at:]
-        return frames
 
     def _finish(self, view: memoryview, frames: list[Frame]) -> int:
         """Complete the frame that has begun; how much of `view` that took."""

@@ -139,8 +139,22 @@ def test_memory_is_reserved_before_it_is_allocated_and_only_once():
     b = Side(dialler=False, limits=QuotaParams(payload_a_peer=100))
     b.receive(request(1, 60))
     b.receive(request(3, 60))
-    assert b.allocated == b.account.payload == 60
+    assert (b.account.payload, b.allocated) == (60, 0)
     assert [type(header) for header in b.headers()] == [End]
+    for _ in range(2):
+        b.receive(Chunk(id=1), bytes(20))
+        assert b.allocated == b.account.payload == 60
+
+
+def test_a_payload_of_one_chunk_takes_no_memory_before_that():
+    b = Side(dialler=False)
+    b.receive(request(1, 60))
+    chunk = bytearray(range(60))
+    b.receive(Chunk(id=1), chunk)
+    (arrived,) = b.arrived
+    chunk[:] = bytes(60)
+    assert (arrived.payload, b.allocated) == (bytes(range(60)), 0)
+    arrived.payload[0] = 7
 
 
 def test_what_is_too_large_to_send_is_the_callers_fault():

@@ -18,7 +18,8 @@ from p2pmoe.errors import (
     PeerBusy,
     RemoteError,
 )
-from p2pmoe.net.connection import IncomingCall, allocate
+from p2pmoe.net.buffers import HUGE_PAGE, allocate
+from p2pmoe.net.connection import IncomingCall
 from p2pmoe.net.messages import (
     Cancel,
     Chunk,
@@ -289,7 +290,7 @@ async def test_an_answer_that_was_given_takes_no_more_parts(autojump_clock):
             await kept[0].send(b"late")
 
 
-@pytest.mark.parametrize("size", [0, 1, 4097])
+@pytest.mark.parametrize("size", [1, 4097, HUGE_PAGE, HUGE_PAGE + 1])
 def test_a_payload_has_memory_of_its_own_that_may_be_written(size):
     buffer = allocate(size)
     assert len(buffer) == size

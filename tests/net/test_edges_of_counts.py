@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +16,9 @@ from p2pmoe.net.lobby import Lobby
 from p2pmoe.net.messages import Hello, Ping
 from p2pmoe.net.pool import PoolParams
 from p2pmoe.net.quota import PeerQuota, Progress, Quota, QuotaParams, Rate
+from p2pmoe.net.tcp import _listen
 from p2pmoe.net.tls import Tls
+from p2pmoe.wire.address import Address
 from p2pmoe.wire.envelope import VerifiedCache
 from tests.net.edges import NEARLY, edge
 from tests.net.pools import NETWORK, dial, greet, hello, key, record_of, world
@@ -348,3 +352,12 @@ def test_an_id_is_used_once_and_a_later_one_is_always_larger() -> None:
         with violation("exchange.id"):
             side.receive(request(used))
     side.receive(request(7))
+
+
+@edge("backlog")
+async def test_the_system_keeps_so_many_connections_that_are_not_accepted_yet() -> None:
+    [listener] = await _listen(Address("127.0.0.1", 0), LIMITS.backlog)
+    async with listener:
+        about = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    (most,) = struct.unpack_from("I", about, 28)  # tcpi_sacked; of a listener: its backlog
+    assert most == LIMITS.backlog

@@ -7,19 +7,22 @@ import math
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-import tests.net.test_edges_of_counts  # noqa: F401  its tests are counted below
+import tests.net.test_edges_of_counts
+import tests.net.test_offenders  # noqa: F401  and these
 from p2pmoe.errors import MalformedMessage, PeerUnreachable
 from p2pmoe.net.connection import Connection, Terms
 from p2pmoe.net.frames import FrameStream
 from p2pmoe.net.greeting import Greeted, _refusing
 from p2pmoe.net.lobby import Lobby
 from p2pmoe.net.messages import End, Goodbye, Hello, Ping, Refuse
+from p2pmoe.net.pool import PoolParams
 from p2pmoe.net.quota import Quota, QuotaParams
 from p2pmoe.net.tcp import TcpTransport, _Reception
 from p2pmoe.net.tls import Tls
@@ -62,10 +65,22 @@ async def nobody(channel: Channel) -> None:
 async def test_handshakes_begin_by_their_rate(autojump_clock: Clock) -> None:
     reception = _Reception(Tls(credentials(BOB)), nobody, LIMITS)
     for _ in range(int(LIMITS.handshakes.burst)):
-        assert await ends_at(reception._await_turn) == 0
+        assert await ends_at(partial(reception._await_turn, "127.0.0.1")) == 0
     for _ in range(3):
-        waited = await ends_at(reception._await_turn)
-        assert waited == pytest.approx(1 / LIMITS.handshakes.per_second)
+        waited = await ends_at(partial(reception._await_turn, "127.0.0.1"))
+        assert waited == pytest.approx(1 / LIMITS.handshakes.per_second, rel=0.01)
+
+
+@edge("handshakes_in_disgrace")
+async def test_strangers_wait_longer_where_others_broke_the_rules(autojump_clock: Clock) -> None:
+    reception = _Reception(Tls(credentials(BOB)), nobody, LIMITS)
+    for _ in range(int(LIMITS.offences.burst) + 1):
+        reception._offenders.blame("127.0.0.1", trio.current_time())
+    for _ in range(int(LIMITS.handshakes_in_disgrace.burst)):
+        assert await ends_at(partial(reception._await_turn, "127.0.0.1")) == 0
+    waited = await ends_at(partial(reception._await_turn, "127.0.0.1"))
+    assert waited == pytest.approx(1 / LIMITS.handshakes_in_disgrace.per_second)
+    assert await ends_at(partial(reception._await_turn, "127.0.0.2")) == 0
 
 
 @edge("handshake")
@@ -103,6 +118,39 @@ async def test_a_refused_client_has_its_time_to_read_why(autojump_clock: Clock) 
             await Tls(credentials(BOB)).accepted(here, ADDRESS)
 
     assert await ends_at(refuse) == pytest.approx(LIMITS.linger)
+
+
+class Knocks:
+    """A listener at which somebody knocks all the time."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    async def __aenter__(self) -> Knocks:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def accept(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.at.append(trio.current_time())
+
+
+@edge("accepts")
+async def test_connections_are_taken_by_their_rate(autojump_clock: Clock, monkeypatch: Any):
+    async def attend(self: _Reception, stream: None) -> None:
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(_Reception, "_attend", attend)
+    listener: Any = Knocks()
+    reception = _Reception(Tls(credentials(BOB)), nobody, LIMITS)
+    async with trio.open_nursery() as connections:
+        with trio.move_on_after(1.0 - NEARLY):
+            await reception.run(listener, connections)
+    most = LIMITS.accepts.burst + LIMITS.accepts.per_second
+    assert most - 2 <= len(listener.at) <= most
+    assert listener.at.count(listener.at[0]) == LIMITS.accepts.burst
 
 
 class OutOfDescriptors:
@@ -225,6 +273,25 @@ async def test_a_silent_peer_is_asked_for_a_sign_of_life(
         assert early.cancelled_caught
         assert await stranger.hear() == Ping(n=1)
         assert trio.current_time() == pytest.approx(seconds)
+
+
+async def test_who_was_refused_all_it_announced_holds_nothing_and_stays_as_long_as_any_silent_peer(
+    autojump_clock: Clock,
+) -> None:
+    async with world() as w:
+        b = await w.peer(1, params=PoolParams(quota=QuotaParams(payload_in_all=2**20)))
+        stranger = await greet(w, b)
+        await stranger.say(*(request(number, size=2**21) for number in (1, 3, 5, 7)))
+        for number in (1, 3, 5, 7):
+            answer = await stranger.hear()
+            assert (answer.id, answer.code) == (number, "busy")
+        assert b.pool.stats()["p2pmoe_payload_bytes_reserved"] == 0
+        assert [await stranger.hear() for _ in range(LIMITS.pings)] == [Ping(n=1), Ping(n=2)]
+        with pytest.raises(EOFError):
+            await stranger.hear()
+        assert trio.current_time() == pytest.approx((LIMITS.pings + 1) * LIMITS.ping_bulk)
+        await trio.testing.wait_all_tasks_blocked()
+        assert b.pool.stats()['p2pmoe_connections{class="bulk"}'] == 0
 
 
 @edge("user_timeout_control", "user_timeout_bulk")

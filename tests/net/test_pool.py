@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 import trio.testing
@@ -306,6 +308,80 @@ async def test_meeting_a_peer_again_keeps_one_connection(autojump_clock):
             await a.pool.connect(b.address)
             await trio.sleep(1.0)
         assert connections(a) == connections(b) == (1, 0)
+
+
+async def test_those_who_meet_a_peer_at_once_share_one_dial(autojump_clock):
+    async with world() as w:
+        a, b = await w.peer(0), await w.peer(1)
+        dialled = dials(a)
+        named = replace(b.address, peer_prefix=b.keys.peer_id.hex)
+        async with trio.open_nursery() as meetings:
+            for _ in range(20):
+                meetings.start_soon(a.pool.connect, named)
+                meetings.start_soon(a.pool.call, b.contact, "echo", b"")
+        assert len(dialled) == 1
+        assert connections(a) == connections(b) == (1, 0)
+
+
+async def test_those_who_meet_nobody_at_once_are_told_so_by_one_dial(autojump_clock):
+    async with world() as w:
+        a = await w.peer(0)
+        dialled, failed = dials(a), []
+
+        async def meet() -> None:
+            try:
+                await a.pool.connect(NOBODY)
+            except PeerUnreachable as error:
+                failed.append(error)
+
+        async with trio.open_nursery() as meetings:
+            for _ in range(20):
+                meetings.start_soon(meet)
+        assert len(set(map(id, failed))) == 20
+        assert len(dialled) == 1
+
+
+async def test_who_gives_up_on_a_shared_dial_ends_it_for_nobody_else(autojump_clock):
+    async with world() as w:
+        a, b = await w.peer(0), await w.peer(1)
+        w.network.set_line(host(0), host(1), Line(latency=1.0))
+        dialled = dials(a)
+        with trio.move_on_after(0.5) as patience:
+            await a.pool.connect(b.address)
+        assert patience.cancelled_caught
+        assert (await a.pool.connect(b.address)).peer == b.keys.peer_id
+        assert len(dialled) == 1
+
+
+async def test_a_dial_of_another_peer_at_that_address_is_not_shared(autojump_clock):
+    async with world() as w:
+        a, b = await w.peer(0), await w.peer(1)
+        wrong = Contact(key(5).peer_id, (b.address,))
+        dialled = dials(a)
+        async with trio.open_nursery() as meetings:
+
+            @meetings.start_soon
+            async def _() -> None:
+                with pytest.raises(NotAllowed):
+                    await a.pool.call(wrong, "echo", b"")
+
+            meetings.start_soon(a.pool.connect, b.address)
+        assert len(dialled) == 2
+
+
+async def test_a_peer_that_dials_meanwhile_is_dialled_all_the_same(autojump_clock):
+    async with world() as w:
+        a, b = await w.peer(0), await w.peer(1)
+        w.network.set_line(host(0), host(1), Line(latency=0.5))
+        dialled, named = dials(a), replace(b.address, peer_prefix=b.keys.peer_id.hex)
+        async with trio.open_nursery() as meetings:
+            meetings.start_soon(b.pool.call, a.contact, "echo", b"")
+            await trio.sleep(0.3)
+            meetings.start_soon(a.pool.call, b.contact, "echo", b"")
+            await trio.sleep(0.1)
+            assert (await a.pool.connect(named)).peer == b.keys.peer_id
+        assert dialled == [b.address, named]  # the first served the call by what b had dialled
+        assert [each.outbound for each in a.events if isinstance(each, PeerConnected)][-1]
 
 
 async def test_too_many_dials_at_once_are_refused(autojump_clock):

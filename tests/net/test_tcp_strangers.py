@@ -11,14 +11,18 @@ import trio
 import trio.testing
 
 from p2pmoe.errors import (
+    MalformedMessage,
     NotAllowed,
     P2PMoEError,
     PeerUnreachable,
     VersionMismatch,
 )
+from p2pmoe.net.quota import QuotaParams, Rate
 from p2pmoe.net.tls import ALPN
+from p2pmoe.net.transport import Channel
 from p2pmoe.wire.address import Address
 from tests.net.loopback import (
+    ANY_PORT,
     SECRET,
     WITHIN,
     Events,
@@ -238,3 +242,26 @@ async def test_a_capture_shows_nothing_but_tls_1_3() -> None:
     assert chosen_version(down[0][2]) == 0x0304
     for said in (SECRET, SECRET[:8], ALICE.public_key, BOB.public_key, b"p2pmoe peer"):
         assert said not in wire.up + wire.down
+
+
+# ------------------------------------------------------------------ who broke the protocol before
+async def test_an_address_whose_peers_break_the_protocol_is_served_slowly() -> None:
+    slow = QuotaParams(offences=Rate(0.001, 1), handshakes_in_disgrace=Rate(0.001, 1))
+    async with trio.open_nursery() as servers:
+        broken = MalformedMessage("a rule")
+        judged: list[P2PMoEError | None] = [None, broken, None, broken]
+
+        async def judge(channel: Channel) -> P2PMoEError | None:
+            await channel.stream.send_all(SECRET)
+            return judged.pop(0) if judged else None
+
+        serve = transport(credentials(BOB), slow).serve
+        address = await servers.start(serve, ANY_PORT, judge)
+        for _ in range(5):  # the fifth is the one that each address has in disgrace
+            async with dialled(address) as channel:
+                assert await channel.stream.receive_some() == SECRET
+                assert await channel.stream.receive_some() == b""
+        with trio.move_on_after(0.1) as patience:
+            await transport(credentials(ALICE)).dial(address, None)
+        assert patience.cancelled_caught
+        servers.cancel_scope.cancel()

@@ -65,7 +65,7 @@ async def test_two_members_prove_their_keys_to_each_other() -> None:
     assert (theirs.peer, theirs.public_key) == (ALICE.peer_id, ALICE.public_key)
     assert mine.remote == ADDRESS
     assert mine.expires_at == OPEN_UNTIL.timestamp()
-    assert mine.stream.version() == "TLSv1.3"
+    assert mine.stream.tls.version() == "TLSv1.3"
     async with trio.open_nursery() as writes:
         writes.start_soon(mine.stream.send_all, b"hello")
         assert await theirs.stream.receive_some() == b"hello"
@@ -76,8 +76,8 @@ async def test_nobody_gets_a_ticket_to_come_back_with() -> None:
     async with trio.open_nursery() as writes:
         writes.start_soon(theirs.stream.send_all, b"hello")
         assert await mine.stream.receive_some() == b"hello"
-    assert not mine.stream.session.has_ticket
-    assert not mine.stream.session_reused
+    assert not mine.stream.tls.session.has_ticket
+    assert not mine.stream.tls.session_reused
 
 
 @pytest.mark.parametrize(
