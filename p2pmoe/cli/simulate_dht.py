@@ -25,7 +25,7 @@ CHARTS = {
     "hops": ("Hops of one read", "hops", "hops", 1.0),
     "found": ("How many of the best experts are found", "%", "found", 100.0),
 }
-SMALLEST = 100  # peers, where a chart begins
+SMALLEST = 50  # peers, where a chart begins
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.5
@@ -208,9 +208,9 @@ def _churn(options: Mapping[str, Any]) -> None:
 
 
 def _sizes(nodes: int) -> list[int]:
-    """Decades up to so many peers, and so many."""
-    decades = [10**power for power in range(2, 8)]
-    return [size for size in decades if SMALLEST <= size < nodes] + [nodes]
+    """50, 100, 200, 500 and so on up to so many peers, and so many."""
+    sizes = [step * 10**power for power in range(1, 8) for step in (1, 2, 5)]
+    return [size for size in sizes if SMALLEST <= size < nodes] + [nodes]
 
 
 def _chart(rows: Sequence[Mapping[str, Any]], kind: str) -> str:

@@ -8,6 +8,7 @@ peer that cannot be reached, does not answer in time or breaks the protocol is m
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
@@ -28,6 +29,7 @@ from p2pmoe.dht.messages import (
     FindRequest,
     FoundReply,
     GetRequest,
+    HandedKind,
     KeyQuery,
     MendKey,
     MendReply,
@@ -36,6 +38,7 @@ from p2pmoe.dht.messages import (
     PutRequest,
     RecordPut,
     StoredKind,
+    Transfer,
     Verdict,
 )
 from p2pmoe.dht.reading import Answer, Question
@@ -52,7 +55,7 @@ from p2pmoe.identity import PeerId
 from p2pmoe.net.pool import Pool
 from p2pmoe.wire import cbor, schema
 from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, open_envelope
-from p2pmoe.wire.peer_record import open_record
+from p2pmoe.wire.peer_record import PeerRecord, open_record
 from p2pmoe.wire.schema import Message
 
 BATCH_BYTES = 40 * 1024  # of records in one put; leaves room in a control frame
@@ -61,11 +64,30 @@ PUT_LIMIT = 8.0  # seconds for a put: its holder may ask others first
 STALLED = 0.25  # seconds that a deadline is late by when the fault is our own; a guess
 LINGER = 0.001  # seconds that a question waits for others to the same peer; a guess
 VERIFY_AT_ONCE = 16  # signatures checked before other tasks get their turn: about 3 ms
+CARDS = 1024  # peer records that stay open, of 600 B at most and as much again; a guess
 VERIFIED = 4096  # digests of envelopes that were verified; four times a swarm of 1,000
 
 Q = TypeVar("Q")
 A = TypeVar("A")
 R = TypeVar("R", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """A record to put, and what its publisher was signed by the owner before, of a lease."""
+
+    record: Signed[Any]
+    transfer: Signed[Transfer] | None = None
+
+    def size(self) -> int:
+        """Bytes that it takes in a call."""
+        return len(self.record.raw) + (len(self.transfer.raw) if self.transfer else 0)
+
+    def message(self) -> RecordPut:
+        """As it travels."""
+        kind = cast("HandedKind", self.record.kind.value)
+        transfer = self.transfer.raw if self.transfer else b""
+        return RecordPut(kind=kind, record=self.record.raw, transfer=transfer)
 
 
 class Asks:
@@ -74,11 +96,10 @@ class Asks:
     def __init__(self, pool: Pool, contacts: Contacts, network: bytes, jobs: Jobs) -> None:
         self._pool, self._contacts, self._network = pool, contacts, network
         self.verified = VerifiedCache(VERIFIED)
+        self._cards: dict[bytes, Signed[PeerRecord]] = {}  # by their bytes, the latest
         self._finds = _Line[bytes, Answer](jobs, self._send_find, lambda _: 32, self._failed)
         self._gets = _Line[Question, Answer](jobs, self._send_get, lambda _: 80, self._failed)
-        self._puts = _Line[Signed[Any], Vote](
-            jobs, self._send_put, lambda put: len(put.raw), self._failed
-        )
+        self._puts = _Line[_Handed, Vote](jobs, self._send_put, _Handed.size, self._failed)
 
         self._mends = _Line[tuple[Kind, bytes], None](
             jobs, self._send_mend, lambda _: 80, self._failed
@@ -92,9 +113,11 @@ class Asks:
         """What the peer holds under a key, and who is closer to it; raises as `find`."""
         return await self._gets.ask(peer, question)
 
-    async def put(self, peer: PeerId, record: Signed[Any]) -> Vote:
-        """What the peer makes of a record; raises as `find`."""
-        return await self._puts.ask(peer, record)
+    async def put(
+        self, peer: PeerId, record: Signed[Any], transfer: Signed[Transfer] | None = None
+    ) -> Vote:
+        """What the peer makes of a record; raises as `find`. `transfer` goes with a lease."""
+        return await self._puts.ask(peer, _Handed(record, transfer))
 
     async def mend(self, peer: PeerId, kind: Kind, key: bytes) -> None:
         """Tell the peer that others hold more under a key; raises as `find`."""
@@ -104,24 +127,24 @@ class Asks:
     async def _send_find(self, peer: PeerId, targets: Sequence[bytes]) -> list[Answer]:
         request = FindRequest(targets=tuple(targets))
         reply = await self._call(peer, FIND, request, FoundReply, ASK_LIMIT)
-        return await self._open_found(reply, [None for _ in targets], trio.current_time())
+        return await self._open_found(peer, reply, [None for _ in targets], trio.current_time())
 
     async def _send_get(self, peer: PeerId, questions: Sequence[Question]) -> list[Answer]:
-        keys = tuple(KeyQuery(key=each.key, after=each.after) for each in questions)
-        asked_at = trio.current_time()
-        reply = await self._call(peer, GET, GetRequest(keys=keys), FoundReply, ASK_LIMIT)
-        return await self._open_found(reply, questions, asked_at)
-
-    async def _send_put(self, peer: PeerId, records: Sequence[Signed[Any]]) -> list[Vote]:
-        puts = tuple(
-            RecordPut(kind=cast("StoredKind", each.kind.value), record=each.raw) for each in records
+        keys = tuple(
+            KeyQuery(key=each.key, kind=_word(each.kind), after=each.after) for each in questions
         )
         asked_at = trio.current_time()
+        reply = await self._call(peer, GET, GetRequest(keys=keys), FoundReply, ASK_LIMIT)
+        return await self._open_found(peer, reply, questions, asked_at)
+
+    async def _send_put(self, peer: PeerId, handed: Sequence[_Handed]) -> list[Vote]:
+        puts = tuple(each.message() for each in handed)
+        asked_at = trio.current_time()
         reply = await self._call(peer, PUT, PutRequest(records=puts), PutReply, PUT_LIMIT)
-        if len(reply.verdicts) != len(records):
+        if len(reply.verdicts) != len(handed):
             raise MalformedMessage("dht.answers", "one verdict a record")
-        pairs = zip(records, reply.verdicts, strict=True)
-        return [self._open_vote(verdict, record, asked_at) for record, verdict in pairs]
+        pairs = zip(handed, reply.verdicts, strict=True)
+        return [self._open_vote(verdict, each.record, asked_at) for each, verdict in pairs]
 
     async def _send_mend(self, peer: PeerId, places: Sequence[tuple[Kind, bytes]]) -> list[None]:
         keys = tuple(MendKey(kind=cast("StoredKind", kind.value), key=key) for kind, key in places)
@@ -155,15 +178,15 @@ class Asks:
 
     # ---------------------------------------------------------------------------------- opening
     async def _open_found(
-        self, reply: FoundReply, questions: Sequence[Question | None], asked_at: float
+        self, by: PeerId, reply: FoundReply, questions: Sequence[Question | None], asked_at: float
     ) -> list[Answer]:
         """Lifetimes count from when the question was sent, so that none is read as longer."""
         if len(reply.answers) > len(questions):
             raise MalformedMessage("dht.answers", "more than questions")
         peers = []
         for at, raw in enumerate(reply.contacts, start=1):
-            record = open_record(raw, self._network, self.verified)
-            self._contacts.learn(record)
+            record = self._open_card(raw)
+            self._contacts.named(by, record, trio.current_time())
             peers.append(record.signer)
             if at % VERIFY_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
@@ -180,6 +203,15 @@ class Asks:
                 )
             )
         return answers
+
+    def _open_card(self, raw: bytes) -> Signed[PeerRecord]:
+        """A peer record; the same ones come with every answer, so they are opened once."""
+        record = self._cards.get(raw)
+        if record is None:
+            record = self._cards[raw] = open_record(raw, self._network, self.verified)
+            if len(self._cards) > CARDS:
+                del self._cards[next(iter(self._cards))]
+        return record
 
     async def _open_copies(
         self, copies: Iterable[Copy], question: Question | None, asked_at: float
@@ -267,6 +299,10 @@ class _Line(Generic[Q, A]):
             if fitting and total > BATCH_BYTES:
                 return fitting
         return min(len(waiting), MAX_BATCH)
+
+
+def _word(kind: Kind | None) -> StoredKind | None:
+    return None if kind is None else cast("StoredKind", kind.value)
 
 
 def _kind_of(raw: bytes) -> Kind:

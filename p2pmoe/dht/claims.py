@@ -4,7 +4,8 @@ The claimant reads the key from all of the closest peers (`look`), puts a lease 
 that it is told at the r closest, and counts (`count`). After a defeat it withdraws the claim
 everywhere, also where it was refused: by L1 those may have kept a copy of what another granted.
 Then it goes on after a pause, or gives up. Of claimants that split the votes the one that comes
-first (`claim_rank`) goes on and the others give way.
+first (`claim_rank`) goes on and the others give way. To an owner that signed its lease over a
+claim does not lose, as long as nobody remembers the number that this one named.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2pmoe.dht.leases import Granted, LeaseCopy, Vote, quorum, tally
-from p2pmoe.dht.messages import Lease
+from p2pmoe.dht.messages import Lease, Transfer
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Signed
 
@@ -56,13 +57,19 @@ class TooFew:
 class Claim:
     """One claimant's attempt at one uid."""
 
-    def __init__(self, claimant: PeerId) -> None:
-        self._claimant = claimant
-        self._lowest = 1
+    def __init__(
+        self, claimant: PeerId, transfer: Signed[Transfer] | None = None, *, above: int = 0
+    ) -> None:
+        """`above`: the highest number that the claimant itself remembers."""
+        self._claimant, self._transfer = claimant, transfer
+        self._lowest = above + 1
         self._round = 1
 
     def look(self, copies: Sequence[LeaseCopy], number: int, asked: int, now: float) -> Ask | Lost:
         """What the `asked` holders name, and the highest number that anybody remembers."""
+        if self._transfer is not None and number < self._transfer.body.number:
+            giver = self._transfer.signer
+            copies = [copy for copy in copies if copy.signed.signer != giver]
         valid = [copy.signed.signer for copy in copies if copy.expires_at > now]
         for owner in sorted(set(valid) - {self._claimant}):
             if valid.count(owner) >= quorum(asked):

@@ -34,6 +34,8 @@ class _Known:
     record: Signed[PeerRecord]
     contact: Contact
     dialled: bool = False
+    host: str = ""  # the number at which it was reached, whatever its addresses say
+    stranger: bool = True  # it came by itself, and nobody whom we trust has named it
     suspected: bool = False
     failures: int = 0  # in a row
     avoided_until: float = -math.inf
@@ -64,12 +66,27 @@ class Contacts:
         if old is None or record.body.order > old.record.body.order:
             known = _Known(record, contact_of(record))
             if old is not None and old.contact == known.contact:
-                known.dialled, known.suspected = old.dialled, old.suspected
+                known.dialled, known.host = old.dialled, old.host
+                known.stranger, known.suspected = old.stranger, old.suspected
                 known.failures, known.avoided_until = old.failures, old.avoided_until
         else:
             known = old
         self._known[peer] = known
         self._drop_oldest()
+
+    def named(self, by: PeerId, record: Signed[PeerRecord], now: float) -> None:
+        """A peer that was asked named another, which is no stranger then if it is none itself."""
+        self.learn(record)
+        if self.table.trusts(by, now):
+            self.vouch(record.signer, now)
+
+    def vouch(self, peer: PeerId, now: float) -> None:
+        """This peer is no stranger. If it was reached already, it may have a place."""
+        known = self._known.get(peer)
+        if known is not None and known.stranger:
+            known.stranger = False
+            if known.dialled and (peer not in self.table or not self.table.trusts(peer, now)):
+                self.table.insert(peer, now, self.networks(peer))
 
     def alive(self, record: Signed[PeerRecord]) -> None:
         """The membership has seen this peer: it is worth a question again."""
@@ -92,14 +109,22 @@ class Contacts:
         known = self._known.get(peer)
         return None if known is None else known.contact
 
-    def dialled(self, peer: PeerId, now: float) -> Insertion | None:
-        """A connection to this peer succeeded that we began. None: its record is not known."""
+    def dialled(self, peer: PeerId, now: float, host: str = "") -> Insertion | None:
+        """A connection to this peer succeeded that we began. None: its record is not known.
+
+        `host` is the number of the machine that it led to.
+        """
         known = self._known.get(peer)
         if known is None:
             return None
-        known.dialled = True
+        known.dialled, known.host = True, host
         known.is_back()
-        return self.table.insert(peer, now, networks_of(known.contact))
+        return self.table.insert(peer, now, self.networks(peer), stranger=known.stranger)
+
+    def networks(self, peer: PeerId) -> Networks:
+        """The networks of the internet in which a known peer is; names count by what they mean."""
+        known = self._known.get(peer)
+        return frozenset() if known is None else networks_of(known.contact, known.host)
 
     def was_dialled(self, peer: PeerId) -> bool:
         """Whether it was reached at the addresses of its record."""
@@ -141,19 +166,23 @@ class Contacts:
             del self._known[next(peer for peer in self._known if peer not in self.table)]
 
 
-def networks_of(contact: Contact) -> Networks:
+def networks_of(contact: Contact, reached: str = "") -> Networks:
     """The /24, /48 and names of the internet where a peer says it is; none for a home's network.
 
-    All its addresses count, so that one among false ones does not hide it.
+    All its addresses count, so that one among false ones does not hide it. Names cost nothing, so
+    where a peer was `reached` (by number) they count as that.
     """
-    return frozenset(filter(None, (_network(address.host) for address in contact.addresses)))
+    hosts = (address.host for address in contact.addresses)
+    return frozenset(filter(None, (_network(host, reached) for host in hosts)))
 
 
-def _network(host: str) -> str:
+def _network(host: str, reached: str) -> str:
     try:
         ip = ipaddress.ip_address(host)
-    except ValueError:  # one name is one machine's; a name without a dot is of the home
-        return host.lower() if "." in host else ""
+    except ValueError:  # a name without a dot is of the home
+        if "." not in host:
+            return ""
+        return _network(reached, "") if reached else host.lower()
     if not ip.is_global:
         return ""
     return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))

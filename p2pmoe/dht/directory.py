@@ -8,7 +8,7 @@ to 30 s. One that is suspected stays, marked as one to ask last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +26,8 @@ from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.peer_record import Contact
 
 PERIOD = 5.0  # seconds between readings; half of a renewal
+SOON = 1.0  # seconds between them while a server does not serve what its lease says; a guess
+DOUBT = 30.0  # seconds for which that is looked at so often: one lifetime of a lease
 LEAST_GAP = 0.25  # seconds between readings, however often `poke` is called; a guess
 FRESH = 10.0  # seconds that a lease must have left to be taken as read; one renewal
 READ_LIMIT = 30.0  # seconds for one reading; one lifetime of a lease
@@ -91,11 +93,14 @@ class GridWatch:
         self._read: GridReading | None = None  # with the cells of lost peers
         self._lost: set[PeerId] = set()  # only peers that serve a cell of the reading
         self._doubted: set[PeerId] = set()  # of these, whom to ask for a sign of life
+        self._wrong: dict[str, float] = {}  # cells not served as read, and until when to doubt it
         self._poked = trio.Event()
         self._changed = trio.Event()
 
-    def poke(self) -> None:
-        """Read again at once: something in the view turned out to be wrong."""
+    def poke(self, wrong: Iterable[str] = ()) -> None:
+        """Read again at once: something in the view turned out to be wrong, as these cells."""
+        until = trio.current_time() + DOUBT
+        self._wrong |= {uid: until for uid in wrong if self._read and uid in self._read.cells}
         self._poked.set()
 
     async def changed(self) -> None:
@@ -111,13 +116,13 @@ class GridWatch:
                 self._poked = trio.Event()
                 await self._refresh()
                 await trio.sleep(LEAST_GAP)
-                with trio.move_on_after(PERIOD - LEAST_GAP):
+                with trio.move_on_after((SOON if self._wrong else PERIOD) - LEAST_GAP):
                     await self._poked.wait()
         finally:
             self._dht.observers.remove(self._observe)
 
     async def _refresh(self) -> None:
-        known = self._read.cells if self._read is not None else None
+        known = self._believed()
         doubted, self._doubted = self._doubted, set()
         try:
             with trio.fail_after(READ_LIMIT):
@@ -126,11 +131,34 @@ class GridWatch:
         except (P2PMoEError, trio.TooSlowError) as error:
             telemetry.emit("dht.grid.unread", grid=self.name, error=error)
         else:
+            now = trio.current_time()
+            self._wrong = {
+                uid: until
+                for uid, until in self._wrong.items()
+                if until > now and self._is_as_before(uid, reading)
+            }
             self._read = reading
             self._lost &= reading.contacts.keys()
             self._lost |= {peer for peer in reading.contacts if not self._dht.usable(peer)}
         self._doubted |= self._lost
         self._show()
+
+    def _believed(self) -> dict[str, LeaseView]:
+        """The leases that need not be read again if they have time left."""
+        cells = {} if self._read is None else self._read.cells
+        return {
+            uid: view
+            for uid, view in cells.items()
+            if uid not in self._wrong and view.peer not in self._lost
+        }
+
+    def _is_as_before(self, uid: str, reading: GridReading) -> bool:
+        """Whether a cell has the lease that it had; one that was renewed is the same."""
+        old = self._read.cells.get(uid) if self._read is not None else None
+        new = reading.cells.get(uid)
+        if old is None or new is None:
+            return False
+        return (old.peer, old.number) == (new.peer, new.number)
 
     async def _ask(self, peers: set[PeerId]) -> None:
         """A sign of life from peers that said goodbye or were lost."""

@@ -17,7 +17,7 @@ import trio
 
 from p2pmoe import telemetry
 from p2pmoe.dht.asks import Asks
-from p2pmoe.dht.contacts import Contacts, networks_of
+from p2pmoe.dht.contacts import Contacts
 from p2pmoe.dht.jobs import Jobs
 from p2pmoe.dht.leases import LeaseCopy, Vote
 from p2pmoe.dht.messages import (
@@ -32,21 +32,14 @@ from p2pmoe.dht.messages import (
     MendRequest,
     PutReply,
     PutRequest,
+    RecordPut,
+    Transfer,
     Verdict,
 )
+from p2pmoe.dht.outcomes import Abstained, AskFirst, Full, Others, Put, Refused, Stale, Stored
 from p2pmoe.dht.packing import Packer, copy_of
 from p2pmoe.dht.reading import Answer, never
-from p2pmoe.dht.records import (
-    Abstained,
-    AskFirst,
-    Full,
-    Others,
-    Put,
-    RecordStore,
-    Refused,
-    Stale,
-    Stored,
-)
+from p2pmoe.dht.records import RecordStore
 from p2pmoe.dht.routing import Networks
 from p2pmoe.dht.search import Place, Searches
 from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
@@ -61,7 +54,10 @@ MOST_MENDING = 32  # keys for which others are asked at once because somebody sa
 
 @dataclass(frozen=True, slots=True)
 class HolderParts:
-    """What a holder works with. `dial_back` says whether a peer answers at its own addresses."""
+    """What a holder works with. `dial_back` says whether a peer answers at its own addresses.
+
+    `offered` says what becomes of a transfer that somebody hands over.
+    """
 
     place: Place
     store: RecordStore
@@ -69,6 +65,7 @@ class HolderParts:
     asks: Asks
     searches: Searches
     dial_back: Callable[[PeerId], Awaitable[bool]]
+    offered: Callable[[Signed[Transfer]], Vote]
     jobs: Jobs
 
 
@@ -99,7 +96,8 @@ class Holder:
         now, store = trio.current_time(), self._parts.store
         packer = Packer(self._card, now)
         for query in request.keys:
-            records = store.get(query.key, now, query.after)
+            kind = None if query.kind is None else Kind(query.kind)
+            records = store.get(query.key, now, query.after, kind)
             closer = self._closer(query.key, call.peer)
             if not packer.add(closer, records, store.number(query.key)):
                 break
@@ -111,13 +109,13 @@ class Holder:
         request = schema.decode(call.body, PutRequest)
         if call.record is not None:
             self._parts.contacts.learn(call.record)
-        records = [self._parts.asks.open(each.record, Kind(each.kind)) for each in request.records]
+        handed = [self._opened(each) for each in request.records]
         votes: dict[int, Vote] = {}
         async with trio.open_nursery() as decisions:
-            for at, record in enumerate(records):
-                decisions.start_soon(self._put_one, call.peer, record, at, votes)
+            for at, each in enumerate(handed):
+                decisions.start_soon(self._put_one, call.peer, each, at, votes)
         now = trio.current_time()
-        verdicts = tuple(_verdict(votes[at], now) for at in range(len(records)))
+        verdicts = tuple(_verdict(votes[at], now) for at in range(len(handed)))
         await call.send(schema.encode(PutReply(verdicts=verdicts)))
 
     async def _mend(self, call: IncomingCall) -> None:
@@ -141,13 +139,25 @@ class Holder:
         finally:
             self._mending.discard(key)
 
+    def _opened(self, handed: RecordPut) -> tuple[Signed[Any], Signed[Transfer] | None]:
+        sealed, kind = self._parts.asks, Kind(handed.kind)
+        transfer = sealed.open(handed.transfer, Kind.TRANSFER) if handed.transfer else None
+        return sealed.open(handed.record, kind), transfer
+
     async def _put_one(
-        self, sender: PeerId, record: Signed[Any], at: int, votes: dict[int, Vote]
+        self,
+        sender: PeerId,
+        handed: tuple[Signed[Any], Signed[Transfer] | None],
+        at: int,
+        votes: dict[int, Vote],
     ) -> None:
+        record, transfer = handed
         if sender != record.signer and record.kind is not Kind.MANIFEST:
             votes[at] = Vote("refused", "not_publisher")
+        elif record.kind is Kind.TRANSFER:
+            votes[at] = self._parts.offered(record)
         else:
-            votes[at] = await self.put(record)
+            votes[at] = await self.put(record, transfer)
 
     def _card(self, peer: PeerId) -> bytes | None:
         record = self._parts.contacts.record(peer)
@@ -160,16 +170,16 @@ class Holder:
         )
 
     # --------------------------------------------------------------------------------- decisions
-    async def put(self, record: Signed[Any]) -> Vote:
+    async def put(self, record: Signed[Any], transfer: Signed[Transfer] | None = None) -> Vote:
         """What this holder makes of a record that its publisher handed over."""
-        networks = self._networks(record.signer)
-        outcome = self._parts.store.put(record, trio.current_time(), networks)
+        networks, now = self._networks(record.signer), trio.current_time()
+        outcome = self._parts.store.put(record, now, networks, transfer)
         if isinstance(outcome, AskFirst):
-            outcome = await self._grant(outcome.lease)
+            outcome = await self._grant(outcome.lease, outcome.transfer)
         telemetry.count("p2pmoe_dht_puts_total", result=type(outcome).__name__.lower())
         return vote_of(outcome)
 
-    async def _grant(self, lease: Signed[Lease]) -> Put:
+    async def _grant(self, lease: Signed[Lease], transfer: Signed[Transfer] | None) -> Put:
         """L1: dial the publisher back, ask the others, then decide."""
         others: list[Others] = []
         reached = lease.signer == self._parts.place.own
@@ -182,11 +192,11 @@ class Holder:
         if not others:  # they did not all answer in time, so nothing is known
             return Abstained()
         networks = self._networks(lease.signer)
-        return self._parts.store.decide(lease, others[0], trio.current_time(), networks)
+        now = trio.current_time()
+        return self._parts.store.decide(lease, others[0], now, networks, transfer)
 
     def _networks(self, publisher: PeerId) -> Networks:
-        contact = self._parts.contacts.contact(publisher)
-        return frozenset() if contact is None else networks_of(contact)
+        return self._parts.contacts.networks(publisher)
 
     async def _ask_others(self, lease: Signed[Lease], others: list[Others]) -> None:
         owned = partial(_somebody_else_has_it, lease.signer)

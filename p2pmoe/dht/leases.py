@@ -50,6 +50,8 @@ class LeaseParams:
     retry_every: float = 2.0  # after a renewal without a quorum; a guess
     together: float = 1.0  # leases due within this are renewed in one go; a guess
     prefix_ttl: float = 60.0  # dictionaries decide nothing, so they may outlive a lease
+    look_every: float = 1.0  # between looks whether this process stood still; a guess
+    stood_still: float = 5.0  # others grant the leases of a failed member no sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +175,23 @@ class _Own:
     number: int
     valid_until: float
     renew_at: float
+    doubted: bool = False  # until it is renewed
 
 
 LeaseName = tuple[bytes, str]  # grid and uid
 
 
 class LeaseBook:
-    """Which leases this peer has, and when each is due. It never asks; `due` says what to do."""
+    """Which leases this peer has, and when each is due. It never asks; `due` says what to do.
+
+    Who was stopped for a while was perhaps held for dead, and its leases given to others, while by
+    its own clock they are good. So after a pause each counts again only once it was renewed.
+    """
 
     def __init__(self, params: LeaseParams) -> None:
         self._params = params
         self._own: dict[LeaseName, _Own] = {}
+        self._looked_at = math.inf  # by whoever keeps this book, while it has leases
 
     def names(self) -> list[LeaseName]:
         """Every lease that is held."""
@@ -200,9 +208,25 @@ class LeaseBook:
         if name in self._own:
             self._own[name].renew_at = now + self._params.retry_every
 
+    def end(self, name: LeaseName, now: float) -> int | None:
+        """Serve it no longer; the number that it had, None when it was not held."""
+        number = self.number(name, now)
+        self.drop(name)
+        return number
+
     def drop(self, name: LeaseName) -> None:
         """It was withdrawn, or another peer has it."""
         self._own.pop(name, None)
+
+    def looked(self, now: float) -> None:
+        """Whoever keeps this book is awake, and will be again within `look_every`."""
+        if self._stood_still(now):
+            for own in self._own.values():
+                own.doubted, own.renew_at = True, now
+        self._looked_at = now if self._own else math.inf
+
+    def _stood_still(self, now: float) -> bool:
+        return now - self._looked_at > self._params.stood_still
 
     def lapsed(self, now: float) -> list[LeaseName]:
         """Those that were not renewed in time. They are dropped: a new claim gets a new number."""
@@ -222,15 +246,23 @@ class LeaseBook:
         return names
 
     def next_deadline(self) -> float:
-        """When something is due or ends; infinity for never."""
+        """When something is due or ends, or is to be looked at; infinity for never."""
+        look_at = self._looked_at + self._params.look_every
         return min(
-            (min(own.renew_at, own.valid_until) for own in self._own.values()), default=math.inf
+            (min(own.renew_at, own.valid_until, look_at) for own in self._own.values()),
+            default=math.inf,
         )
 
     def number(self, name: LeaseName, now: float) -> int | None:
         """Its number while it is valid; None when it was not renewed in time."""
         own = self._own.get(name)
         return own.number if own is not None and now < own.valid_until else None
+
+    def serving(self, name: LeaseName, now: float) -> int | None:
+        """The number under which calls are answered; None also while others may have it."""
+        own = self._own.get(name)
+        doubted = own is not None and (own.doubted or self._stood_still(now))
+        return None if doubted else self.number(name, now)
 
     def view(self, name: LeaseName, peer: PeerId) -> LeaseView:
         """What others may read of a lease that is held."""

@@ -17,9 +17,10 @@ import math
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 
-from p2pmoe.identity import PeerId, distance
+from p2pmoe.identity import PeerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class LookupParams:
     slow_factor: float = 2.5  # median round trips after which a question is slow; simulated
     slow_first: float = 0.5  # seconds, while no round trip is known; a guess
     slow_least: float = 0.02  # seconds; below this a median says nothing; a guess
+    late_least: float = 0.25  # seconds a read waits for a peer that matters, at least; a guess
 
     def __post_init__(self) -> None:
         """An answer, of which k names are heard, fills a quarter of the candidates at most."""
@@ -53,25 +55,55 @@ class LookupSummary:
     elapsed: float  # seconds since the first question
 
 
+class _State(Enum):
+    FRESH = "nobody asked it"
+    FLYING = "asked"
+    ANSWERED = "answered"
+    FAILED = "did not answer, or should not be asked"
+
+
+class _Candidate:
+    """A peer that was named, and what came of it. It belongs to the path that asked it."""
+
+    __slots__ = ("asked_at", "away", "path", "peer", "state")
+
+    def __init__(self, peer: PeerId, away: int) -> None:
+        self.peer, self.away = peer, away
+        self.state, self.asked_at = _State.FRESH, 0.0
+        self.path: _Path | None = None
+
+    def __lt__(self, other: _Candidate) -> bool:
+        return self.away < other.away
+
+
 class _Path:
     """One path's candidates by distance, and how many hops away each one is."""
 
     __slots__ = ("asked", "hops", "order")
 
     def __init__(self) -> None:
-        self.order: list[tuple[int, PeerId]] = []
+        self.order: list[_Candidate] = []
         self.hops: dict[PeerId, int] = {}
-        self.asked: set[PeerId] = set()
+        self.asked: list[_Candidate] = []
 
-    def learn(self, peer: PeerId, away: int, hops: int, most: int) -> None:
-        if peer in self.hops:
+    def learn(self, candidate: _Candidate, hops: int, most: int) -> None:
+        if candidate.peer in self.hops:
             return
-        self.hops[peer] = hops
-        insort(self.order, (away, peer))
+        self.hops[candidate.peer] = hops
+        insort(self.order, candidate)
         if len(self.order) > most:
             places = reversed(range(len(self.order)))
-            last = next(at for at in places if self.order[at][1] not in self.asked)
-            del self.hops[self.order.pop(last)[1]]
+            last = next(at for at in places if self.order[at].path is not self)
+            del self.hops[self.order.pop(last).peer]
+
+    def front(self, count: int) -> Iterator[_Candidate]:
+        """Its closest that did not fail and belong to no other path."""
+        own = (
+            each
+            for each in self.order
+            if each.state is not _State.FAILED and (each.path is None or each.path is self)
+        )
+        return islice(own, count)
 
 
 def _nobody(_peer: PeerId) -> bool:
@@ -92,75 +124,90 @@ class Lookup:
         params: LookupParams,
         doubted: Callable[[PeerId], bool] = _nobody,
     ) -> None:
-        self._target, self._own = target, own
+        self._target, self._own = int.from_bytes(target, "big"), own
         self._params, self._doubted = params, doubted
-        self._asked: dict[PeerId, float] = {}  # when; whoever was asked once stays here
-        self._taken: dict[PeerId, _Path] = {}  # by which path
-        self._flying: set[PeerId] = set()
-        self._answered: set[PeerId] = set()
-        self._failed: set[PeerId] = set()
+        self._known: dict[PeerId, _Candidate] = {}
         self._round_trips: list[float] = []  # seconds, ascending
-        nearest = sorted(set(seeds) - {own}, key=self._distance)
+        nearest = sorted(map(self._candidate, set(seeds) - {own}))
         self._paths = [_Path() for _ in range(min(params.paths, max(1, len(nearest))))]
         for at, seed in enumerate(nearest):
-            path = self._paths[at % len(self._paths)]
-            path.learn(seed, self._distance(seed), 1, params.most_known)
+            self._paths[at % len(self._paths)].learn(seed, 1, params.most_known)
 
-    def wanted(self, now: float) -> list[PeerId]:
-        """Whom to ask now: none twice, and by a path at most alpha that are not slow yet."""
+    def wanted(self, now: float, front: int = 0) -> list[PeerId]:
+        """Whom to ask now: none twice, and by a path at most alpha that are not slow yet.
+
+        With `front` the closest so many of a path come first: the others are asked only when none
+        of those is left to be heard. Where these may be enough, that saves questions.
+        """
         chosen: list[PeerId] = []
         slow = self._slow_after()
         for path in self._paths:
-            flying = self._flying & path.asked
-            quick = sum(1 for peer in flying if now < self._asked[peer] + slow)
-            for peer in self._fresh(path)[: max(0, self._params.alpha - quick)]:
-                self._asked[peer], self._taken[peer] = now, path
-                path.asked.add(peer)
-                self._flying.add(peer)
-                chosen.append(peer)
+            quick = sum(now < each.asked_at + slow for each in self._flying(path))
+            fresh = self._fresh(path, front or self._params.k)
+            if not fresh and not quick:
+                fresh = self._fresh(path, self._params.k)
+            for each in fresh[: max(0, self._params.alpha - quick)]:
+                each.asked_at, each.path, each.state = now, path, _State.FLYING
+                path.asked.append(each)
+                chosen.append(each.peer)
         return chosen
 
     def told(self, peer: PeerId, closer: Iterable[PeerId], now: float) -> None:
         """`peer` answered and named these; no more than k of them are heard."""
-        if peer not in self._flying:
+        candidate = self._known.get(peer)
+        if candidate is None or candidate.state is not _State.FLYING:
             return
-        self._flying.remove(peer)
-        self._answered.add(peer)
-        insort(self._round_trips, now - self._asked[peer])
-        path = self._taken[peer]
+        path = candidate.path
+        assert path is not None  # it was asked
+        candidate.state = _State.ANSWERED
+        insort(self._round_trips, now - candidate.asked_at)
+        hops = path.hops[peer] + 1
         for named in islice(closer, self._params.k):
             if named != self._own:
-                hops = path.hops[peer] + 1
-                path.learn(named, self._distance(named), hops, self._params.most_known)
+                path.learn(self._candidate(named), hops, self._params.most_known)
 
     def failed(self, peer: PeerId) -> None:
         """`peer` did not answer, or should not be asked. It has no part in this lookup."""
-        self._flying.discard(peer)
-        if peer not in self._answered:
-            self._failed.add(peer)
+        candidate = self._candidate(peer)
+        if candidate.state is not _State.ANSWERED:
+            candidate.state = _State.FAILED
 
     @property
     def done(self) -> bool:
         """Whether on every path the k closest that did not fail answered, or were too many."""
-        return not any(
-            self._fresh(path) or not self._flying.isdisjoint(self._front(path))
-            for path in self._paths
-        )
+        return self.settled(-math.inf)
+
+    def settled(self, now: float) -> bool:
+        """As `done`, but whoever is late now is not waited for: it may be dead."""
+        late = max(self._params.late_least, self._slow_after())
+        for path in self._paths:
+            left = self._params.most_asked - len(path.asked)
+            for each in path.front(self._params.k):
+                if each.state is _State.FLYING and each.asked_at + late > now:
+                    return False
+                if each.state is _State.FRESH and left > 0:
+                    return False
+        return True
 
     def result(self) -> list[PeerId]:
-        """Who answered, closest first; at most k."""
-        return heapq.nsmallest(self._params.k, self._answered, key=self._distance)
+        """The k closest that answered, nearest first."""
+        answered = self._in_state(_State.ANSWERED)
+        return [each.peer for each in heapq.nsmallest(self._params.k, answered)]
 
     def summary(self, now: float) -> LookupSummary:
         """What it came to until now."""
         closest = self.result()
+        asked = [each for path in self._paths for each in path.asked]
+        hops = [
+            each.path.hops[each.peer] for each in map(self._known.__getitem__, closest) if each.path
+        ]
         return LookupSummary(
             tuple(closest),
-            len(self._answered),
-            len(self._failed & self._asked.keys()),
-            len(self._asked),
-            max((self._taken[peer].hops[peer] for peer in closest), default=0),
-            now - min(self._asked.values(), default=now),
+            sum(each.state is _State.ANSWERED for each in asked),
+            sum(each.state is _State.FAILED for each in asked),
+            len(asked),
+            max(hops, default=0),
+            now - min((each.asked_at for each in asked), default=now),
         )
 
     def closest(self, count: int, now: float = -math.inf) -> list[PeerId]:
@@ -169,34 +216,58 @@ class Lookup:
         With `now` those that are slow then are left out: their answers may never come.
         """
         slow = self._slow_after()
-        late = {peer for peer in self._flying if self._asked[peer] + slow <= now}
-        known = {
-            peer
-            for path in self._paths
-            for peer in islice((each for each in self._living(path) if each not in late), count)
-        }
-        return heapq.nsmallest(count, known, key=self._distance)
+        known: set[_Candidate] = set()
+        for path in self._paths:
+            living = (
+                each
+                for each in path.order
+                if each.state is _State.FRESH
+                or each.state is _State.ANSWERED
+                or (each.state is _State.FLYING and each.asked_at + slow > now)
+            )
+            known.update(islice(living, count))
+        return [each.peer for each in heapq.nsmallest(count, known)]
+
+    def has_converged(self, count: int) -> bool:
+        """Whether of several paths each has heard from all of its own `count` closest.
+
+        The one that is quickest to agree may have been led astray.
+        """
+        return len(self._paths) == 1 or all(
+            each.state is _State.ANSWERED for path in self._paths for each in path.front(count)
+        )
 
     def next_deadline(self, now: float) -> float:
-        """When the next question becomes slow, so that the rest may say more; or infinity."""
+        """When the next question becomes slow or late, so that the rest may say more; or inf."""
         slow = self._slow_after()
-        due = (self._asked[peer] + slow for peer in self._flying)
+        late = max(self._params.late_least, slow)
+        due = (
+            each.asked_at + patience
+            for path in self._paths
+            for each in self._flying(path)
+            for patience in (slow, late)
+        )
         return min((when for when in due if when > now), default=math.inf)
 
     # ------------------------------------------------------------------------------ of one path
-    def _living(self, path: _Path) -> Iterator[PeerId]:
-        return (peer for _, peer in path.order if peer not in self._failed)
+    def _candidate(self, peer: PeerId) -> _Candidate:
+        """What is known of a peer. It is forgotten with the lookup."""
+        found = self._known.get(peer)
+        if found is None:
+            found = self._known[peer] = _Candidate(peer, peer.number ^ self._target)
+        return found
 
-    def _front(self, path: _Path) -> list[PeerId]:
-        """Its k closest that did not fail and belong to no other path."""
-        own = (peer for peer in self._living(path) if self._taken.get(peer, path) is path)
-        return list(islice(own, self._params.k))
+    def _flying(self, path: _Path) -> Iterator[_Candidate]:
+        return (each for each in path.asked if each.state is _State.FLYING)
 
-    def _fresh(self, path: _Path) -> list[PeerId]:
+    def _in_state(self, state: _State) -> Iterator[_Candidate]:
+        return (each for path in self._paths for each in path.asked if each.state is state)
+
+    def _fresh(self, path: _Path, front: int) -> list[_Candidate]:
         """Whom of these nobody has asked, the doubted ones last, as far as the bound allows."""
         left = self._params.most_asked - len(path.asked)
-        unasked = [peer for peer in self._front(path) if peer not in self._asked]
-        return sorted(unasked, key=self._doubted)[:left]
+        unasked = [each for each in path.front(front) if each.state is _State.FRESH]
+        return sorted(unasked, key=lambda each: self._doubted(each.peer))[:left]
 
     def _slow_after(self) -> float:
         if not self._round_trips:
@@ -204,6 +275,3 @@ class Lookup:
         at = len(self._round_trips) // 2
         middle = self._round_trips[at], self._round_trips[~at]
         return max(self._params.slow_least, self._params.slow_factor * sum(middle) / 2)
-
-    def _distance(self, peer: PeerId) -> int:
-        return distance(peer.raw, self._target)

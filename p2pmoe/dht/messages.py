@@ -1,6 +1,7 @@
 """What peers store in the DHT, and how they ask each other for it.
 
-Three signed payloads: a `Lease` says who serves an expert, a `PrefixRecord` which coordinates one
+Five signed payloads: a `Lease` says who serves an expert, a `Transfer` that its owner hands it
+over, a `SnapshotRecord` what of it was saved and where; a `PrefixRecord` says which coordinates one
 publisher serves below a prefix, a `Manifest` what a grid is. Four calls: `dht.find` asks for
 contacts closer to a place, `dht.get` for the records under a key as well, `dht.put` hands records
 over, `dht.mend` says that other holders have more. All are batched: one call carries the questions
@@ -39,6 +40,8 @@ MAX_CONTACTS = 128  # sealed peer records in one answer; at 600 B each they woul
 MAX_RECORDS = 256  # records under one key in one answer
 MAX_COORDINATES = 1024  # of one publisher below one prefix; about 3 kB
 MAX_TTL_MS = 600_000  # longest lifetime that a record may ask for; holders cap it further
+MAX_LEFT_MS = 86_400_000  # longest that any record has left: a day, of a snapshot's
+MAX_KEEPERS = 4  # peers that one statement names for copies of a snapshot; a guess
 GRID_DIMENSIONS = 4
 GRID_SIZE = 65_536  # cells along one dimension
 NO_GRID = bytes(32)  # where a grid's own name is looked up, before its manifest is known
@@ -53,6 +56,8 @@ PrefixText = Annotated[
     str, msgspec.Meta(pattern=rf"\A{_NAME}(\.{_COORDINATE}){{0,{GRID_DIMENSIONS - 1}}}\Z")
 ]
 TtlMs = Annotated[int, msgspec.Meta(ge=0, le=MAX_TTL_MS)]
+LeftMs = Annotated[int, msgspec.Meta(ge=0, le=MAX_LEFT_MS)]
+LeaseNumber = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Coordinate = Annotated[int, msgspec.Meta(ge=0, lt=GRID_SIZE)]
 
 
@@ -63,7 +68,7 @@ class Lease(SignedPayload, frozen=True, kw_only=True):
     v: U16 = 1
     grid: Bytes32
     uid: UidText
-    number: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    number: LeaseNumber
     epoch: U64
     incarnation: U64
     ttl_ms: TtlMs
@@ -71,6 +76,44 @@ class Lease(SignedPayload, frozen=True, kw_only=True):
     @property
     def key(self) -> bytes:
         """Where it is stored."""
+        return key_of(Kind.LEASE, self.grid, self.uid)
+
+
+class Transfer(SignedPayload, frozen=True, kw_only=True):
+    """The signer, owner of the expert under `number` - 1, hands it to the peer `to` as `number`."""
+
+    v: U16 = 1
+    grid: Bytes32
+    uid: UidText
+    to: Bytes32
+    number: LeaseNumber
+
+    @property
+    def key(self) -> bytes:
+        """Where the lease is."""
+        return key_of(Kind.LEASE, self.grid, self.uid)
+
+
+class SnapshotRecord(SignedPayload, frozen=True, kw_only=True):
+    """The signer saved the expert while it owned it under `lease`: `bytes` long, of SHA-256 `hash`.
+
+    `step` counts the updates applied, `saved_ms` is since 1970. `keepers` are ids of other peers
+    that have a copy; a later statement about the same file may name more of them.
+    """
+
+    v: U16 = 1
+    grid: Bytes32
+    uid: UidText
+    lease: LeaseNumber
+    step: U64
+    saved_ms: U64
+    hash: Bytes32
+    bytes: U64
+    keepers: Annotated[tuple[Bytes32, ...], msgspec.Meta(max_length=MAX_KEEPERS)] = ()
+
+    @property
+    def key(self) -> Bytes32:
+        """Where it is stored: beside the lease, whose holders know who may say it."""
         return key_of(Kind.LEASE, self.grid, self.uid)
 
 
@@ -127,13 +170,16 @@ class Manifest(SignedPayload, frozen=True, kw_only=True):
         return key_of(Kind.MANIFEST, NO_GRID, self.name)
 
 
-Record = Lease | PrefixRecord | Manifest
-BODY_TYPES: dict[Kind, type[Record]] = {
+Record = Lease | SnapshotRecord | PrefixRecord | Manifest
+BODY_TYPES: dict[Kind, type[Record | Transfer]] = {
     Kind.LEASE: Lease,
+    Kind.TRANSFER: Transfer,
+    Kind.SNAPSHOT: SnapshotRecord,
     Kind.PREFIX: PrefixRecord,
     Kind.MANIFEST: Manifest,
 }
-StoredKind = Literal["lease", "prefix", "manifest"]
+StoredKind = Literal["lease", "snapshot", "prefix", "manifest"]
+HandedKind = Literal["lease", "transfer", "snapshot", "prefix", "manifest"]
 
 
 def key_of(kind: Kind, grid: bytes, name: str) -> bytes:
@@ -150,9 +196,13 @@ class FindRequest(Message, frozen=True, kw_only=True):
 
 
 class KeyQuery(Message, frozen=True, kw_only=True):
-    """One key; `after` goes on behind that publisher when an answer had `more`."""
+    """One key, and which kind of record is wanted; none for whatever is there.
+
+    `after` goes on behind that publisher when an answer had `more`.
+    """
 
     key: Bytes32
+    kind: StoredKind | None = None
     after: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
 
@@ -163,10 +213,15 @@ class GetRequest(Message, frozen=True, kw_only=True):
 
 
 class RecordPut(Message, frozen=True, kw_only=True):
-    """A record to hold. Only a manifest may come from another peer than its signer."""
+    """A record to hold. Only a manifest may come from another peer than its signer.
 
-    kind: StoredKind
+    With a lease comes, where it was handed over, the sealed `transfer` of the owner before. A
+    transfer by itself is for the peer that it names, and an offer.
+    """
+
+    kind: HandedKind
     record: Envelope
+    transfer: Envelope = b""
 
 
 class PutRequest(Message, frozen=True, kw_only=True):
@@ -193,7 +248,7 @@ class Copy(Message, frozen=True, kw_only=True):
     """A record as its holder has it: `left_ms` of its lifetime are left."""
 
     record: Envelope
-    left_ms: TtlMs
+    left_ms: LeftMs
 
 
 class Found(Message, frozen=True, kw_only=True):

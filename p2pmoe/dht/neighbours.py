@@ -133,7 +133,9 @@ class Neighbours:
             errors[address] = error
             return False
         self._learn(greeted.record)
-        self._reached(greeted.peer)
+        self._reached(greeted.peer, greeted.host)
+        if address in self._join_by:
+            self._parts.contacts.vouch(greeted.peer, trio.current_time())
         return True
 
     async def _find_again(self) -> None:
@@ -157,7 +159,7 @@ class Neighbours:
             case PeerConnected():
                 self._learn(event.record)
                 if event.outbound:
-                    self._reached(event.peer)
+                    self._reached(event.peer, event.host)
                 elif self._parts.contacts.contact(event.peer) is not None:
                     self._later(partial(self._check, event.peer))
                 self._parts.changed(event.peer, Sign.CAME)
@@ -175,8 +177,8 @@ class Neighbours:
         if record is not None:
             self._parts.contacts.learn(record)
 
-    def _reached(self, peer: PeerId) -> None:
-        outcome = self._parts.contacts.dialled(peer, trio.current_time())
+    def _reached(self, peer: PeerId, host: str) -> None:
+        outcome = self._parts.contacts.dialled(peer, trio.current_time(), host)
         if isinstance(outcome, PingOldest):
             self._later(partial(self._ping, outcome.oldest))
 

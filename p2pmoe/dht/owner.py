@@ -3,7 +3,9 @@
 A claim is put at the r peers closest to its key; granted by a quorum it is held, and is renewed
 from then on. What a minority granted is withdrawn. Of claimants that split the votes the one that
 comes first (`claim_rank`) tries again and the others give way. Dictionaries of all that is
-held are announced with every round of renewals.
+held are announced with every round of renewals. Who hands a lease over ends it first, then offers
+it to the other peer, which claims it with what was signed; nobody is asked what an offer is worth,
+because only the holders of the lease can say.
 """
 
 from __future__ import annotations
@@ -30,17 +32,20 @@ from p2pmoe.dht.leases import (
     Vote,
     tally,
 )
-from p2pmoe.dht.messages import Lease, PrefixRecord, key_of
+from p2pmoe.dht.messages import Lease, PrefixRecord, Transfer, key_of
 from p2pmoe.dht.reading import never
 from p2pmoe.dht.search import Place, Searches
-from p2pmoe.errors import LocalProtocolError, P2PMoEError, QuorumNotReached
+from p2pmoe.errors import LeaseLost, LocalProtocolError, P2PMoEError, QuorumNotReached
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind, Signed
 
 TOGETHER = 0.05  # seconds: cells that are claimed together are announced together; a guess
 
+MOST_OFFERS = 64  # leases that others handed over, not claimed yet; a guess
+
 Seal = Callable[[Any, Kind], Signed[Any]]
-PutHere = Callable[[Signed[Any]], Any]
+OnTransfer = Callable[[bytes, str, PeerId], bool]  # grid, uid, and who hands it over
+PutHere = Callable[[Signed[Any], Signed[Transfer] | None], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +67,14 @@ class Owner:
         self._parts, self._params, self._rng = parts, params, rng
         self.book = LeaseBook(params)
         self._claiming: dict[LeaseName, trio.Event] = {}
+        self._offers: dict[LeaseName, Signed[Transfer]] = {}  # to this peer
+        self._handing: dict[LeaseName, int] = {}  # leases ended here, and not yet taken
         self._announced: set[LeaseName] = set()
         self._announce_at = math.inf
         self._changed = trio.Event()
 
     # ---------------------------------------------------------------------------------- claiming
-    async def claim(self, name: LeaseName) -> LeaseView:
+    async def claim(self, name: LeaseName, above: int = 0) -> LeaseView:
         """Take a lease, or return the one that is held. Raises as `DhtService.claim`."""
         if self._parts.place.holder is None:
             raise LocalProtocolError("a peer that cannot be dialled cannot serve experts")
@@ -77,21 +84,24 @@ class Owner:
         self._claiming[name] = ended = trio.Event()
         try:
             if self.book.number(name, trio.current_time()) is None:
-                await self._win(name)
+                await self._win(name, above)
         finally:
             del self._claiming[name]
             ended.set()
         return self.book.view(name, self._parts.place.own)
 
-    async def _win(self, name: LeaseName) -> None:
-        claim = Claim(self._parts.place.own)
+    async def _win(self, name: LeaseName, above: int) -> None:
+        transfer = self._offers.pop(name, None)
+        claim = Claim(self._parts.place.own, transfer, above=above)
         while True:
-            again = await self._round(name, claim)
+            again = await self._round(name, claim, transfer)
             if again is None:
                 return
             await trio.sleep(self._rng.uniform(again.least, again.most))
 
-    async def _round(self, name: LeaseName, claim: Claim) -> Again | None:
+    async def _round(
+        self, name: LeaseName, claim: Claim, transfer: Signed[Transfer] | None
+    ) -> Again | None:
         """Look who has it, ask for it, count, and clean up after a defeat.
 
         None when it is granted. Raises when there is nothing to try again for.
@@ -102,10 +112,11 @@ class Owner:
         if isinstance(look, Lost):
             raise LeaseRefused(owner=look.owner, expert=name[1])
         lease = self._lease(name, look.number, self._params.ttl)
-        votes = await self.write(found.holders, lease)
+        votes = await self.write(found.holders, lease, transfer)
         outcome = claim.count(lease, list(votes.values()), asked)
         if isinstance(outcome, Granted):
             self.book.granted(name, look.number, asked_at)
+            self._handing.pop(name, None)
             self._announce_soon()
             telemetry.emit("dht.lease.granted", uid=name[1], number=look.number)
             return None
@@ -120,15 +131,46 @@ class Owner:
     # ------------------------------------------------------------------------------ giving back
     async def withdraw(self, uids: Iterable[str]) -> None:
         """Give leases back and announce what is left; the caller sets a deadline."""
-        wanted = set(uids)
+        wanted, own = set(uids), self._parts.place.own
         names = [name for name in self.book.names() if name[1] in wanted]
+        numbers = {name: self.book.view(name, own).number for name in names}
+        numbers |= {
+            name: self._handing.pop(name) for name in set(self._handing) if name[1] in wanted
+        }
         async with trio.open_nursery() as writes:
-            for name in names:
-                number = self.book.view(name, self._parts.place.own).number
+            for name, number in numbers.items():
                 self.book.drop(name)
                 writes.start_soon(self.publish, self._lease(name, number, 0))
-        if names:
+        if numbers:
             await self._announce()
+
+    async def transfer(self, name: LeaseName, to: PeerId) -> bool:
+        """End a lease here and offer it to a peer. Raises as `DhtService.transfer`."""
+        held = self.book.end(name, trio.current_time())
+        number = held or self._handing.get(name)
+        if number is None:
+            raise LeaseLost(f"this peer does not hold {name[1]}, so it cannot hand it over")
+        self._handing[name] = number
+        body = Transfer(grid=name[0], uid=name[1], to=to.raw, number=number + 1)
+        vote = await self._parts.asks.put(to, self._parts.seal(body, Kind.TRANSFER))
+        if vote.outcome != "stored":
+            return False
+        self._handing.pop(name, None)
+        self._announce_soon()
+        return True
+
+    def offered(self, transfer: Signed[Transfer], wanted: OnTransfer) -> Vote:
+        """Remember what another owner signs over to this peer, if it is wanted; the latest ones."""
+        body, name = transfer.body, (transfer.body.grid, transfer.body.uid)
+        if body.to != self._parts.place.own.raw:
+            return Vote("refused", "not_for_me")
+        if not wanted(body.grid, body.uid, transfer.signer):
+            return Vote("full", "slots")
+        self._offers.pop(name, None)
+        self._offers[name] = transfer
+        if len(self._offers) > MOST_OFFERS:
+            del self._offers[next(iter(self._offers))]
+        return Vote("stored")
 
     # ---------------------------------------------------------------------------------- renewing
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -140,6 +182,7 @@ class Owner:
                     await self._changed.wait()
                 self._changed = trio.Event()
                 now = trio.current_time()
+                self.book.looked(now)
                 for name in self.book.lapsed(now):
                     self._lost(name, "not renewed in time")
                 for name in self.book.due(now):
@@ -150,7 +193,7 @@ class Owner:
 
     async def _renew(self, name: LeaseName) -> None:
         try:
-            found = await self._parts.searches.find(key_of(Kind.LEASE, *name))
+            found = await self._parts.searches.nearest(key_of(Kind.LEASE, *name))
         except P2PMoEError as error:
             telemetry.emit("dht.renewal.failed", uid=name[1], error=error)
             self._missed(name)
@@ -205,26 +248,46 @@ class Owner:
     async def publish(self, record: Signed[Any]) -> None:
         """Put a record at whoever is closest now; who cannot be reached is not waited for."""
         try:
-            found = await self._parts.searches.find(record.body.key)
+            found = await self._parts.searches.nearest(record.body.key)
             await self.write(found.holders, record)
         except P2PMoEError as error:
             telemetry.emit("dht.publish.failed", kind=record.kind, error=error)
 
-    async def write(self, holders: Sequence[PeerId], record: Signed[Any]) -> dict[PeerId, Vote]:
+    async def store(
+        self, record: Signed[Any]
+    ) -> tuple[tuple[PeerId, ...], tuple[PeerId, ...], str]:
+        """Put a record at whoever is closest now: who holds it, who does not, and why not."""
+        holders = (await self._parts.searches.nearest(record.body.key)).holders
+        votes = await self.write(holders, record)
+        stored = tuple(holder for holder, vote in votes.items() if vote.outcome == "stored")
+        failed = tuple(holder for holder in holders if holder not in stored)
+        return stored, failed, ", ".join(sorted({vote.why for vote in votes.values() if vote.why}))
+
+    async def write(
+        self,
+        holders: Sequence[PeerId],
+        record: Signed[Any],
+        transfer: Signed[Transfer] | None = None,
+    ) -> dict[PeerId, Vote]:
         """What each holder that answers makes of a record."""
         votes: dict[PeerId, Vote] = {}
         async with trio.open_nursery() as writes:
             for holder in holders:
-                writes.start_soon(self._write_at, holder, record, votes)
+                write = partial(self._write_at, holder, record, transfer)
+                writes.start_soon(write, votes)
         return votes
 
     async def _write_at(
-        self, holder: PeerId, record: Signed[Any], votes: dict[PeerId, Vote]
+        self,
+        holder: PeerId,
+        record: Signed[Any],
+        transfer: Signed[Transfer] | None,
+        votes: dict[PeerId, Vote],
     ) -> None:
         here = holder == self._parts.place.own
         put = self._parts.put_here if here else partial(self._parts.asks.put, holder)
         try:
-            votes[holder] = await put(record)
+            votes[holder] = await put(record, transfer)
         except P2PMoEError:  # marked and told about where it was asked; it has no vote
             return
 

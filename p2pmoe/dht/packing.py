@@ -12,14 +12,15 @@ from typing import Any
 from p2pmoe.dht.leases import RecordCopy
 from p2pmoe.dht.messages import (
     MAX_CONTACTS,
+    MAX_LEFT_MS,
     MAX_RECORDS,
-    MAX_TTL_MS,
     Copy,
     Found,
     FoundReply,
 )
 from p2pmoe.dht.records import Held
 from p2pmoe.identity import PeerId
+from p2pmoe.wire.envelope import Kind
 
 ANSWER_BYTES = 48 * 1024  # of records and contacts; a control frame has 64 KiB
 ENTRY_BYTES = 64  # around one record, contact or answer in CBOR; measured, rounded up
@@ -30,7 +31,7 @@ Card = Callable[[PeerId], bytes | None]  # the sealed record of a peer, if one i
 def copy_of(held: Held | RecordCopy[Any], now: float) -> Copy:
     """A record as it travels: with what is left of its lifetime."""
     left_ms = max(0, int((held.expires_at - now) * 1000))
-    return Copy(record=held.signed.raw, left_ms=min(left_ms, MAX_TTL_MS))
+    return Copy(record=held.signed.raw, left_ms=min(left_ms, MAX_LEFT_MS))
 
 
 class Packer:
@@ -52,7 +53,8 @@ class Packer:
         for held in records[:MAX_RECORDS]:
             before = len(self._contacts), self._bytes
             copy = copy_of(held, self._now)
-            self._place(held.signed.signer)
+            if held.signed.kind is not Kind.PREFIX:  # whoever is called has a lease as well
+                self._place(held.signed.signer)
             self._bytes += len(copy.record) + ENTRY_BYTES
             if copies and self._full:
                 self._take_back(*before)

@@ -2,8 +2,9 @@
 
 Rules: of dictionaries the newest of every publisher counts, whoever named it; of leases the one of
 the publisher that most of the r closest name (`leases.most_named`); of manifests the one that most
-of them saw first. A read may end when enough of the r closest known have answered. A holder that
-lacks what the others have is told that, and asks them itself, so that nobody's word is passed on.
+of them saw first; of snapshots all, those that a quorum names before the others. A read may end
+when enough of the r closest known have answered. A holder that lacks what the others have is told
+that, and asks them itself, so that nobody's word is passed on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from p2pmoe.dht.leases import RecordCopy, most_named, quorum
 from p2pmoe.dht.lookup import LookupSummary
-from p2pmoe.dht.messages import Manifest
+from p2pmoe.dht.messages import Manifest, SnapshotRecord
+from p2pmoe.dht.saved import place_below, version
 from p2pmoe.identity import PeerId, distance
 from p2pmoe.wire.envelope import Kind, Signed
 
@@ -78,12 +80,17 @@ def never(_answers: Sequence[Answer], _asked: int) -> bool:
     return False
 
 
-def majority_answered(answers: Sequence[Answer], asked: int) -> bool:
-    """A quorum stored each dictionary, so a quorum's answers have all of them.
+def all_reached(answers: Sequence[Answer], asked: int) -> bool:
+    """The r closest that are known have all answered, and nobody closer is known to any of them."""
+    return len(answers) >= asked
 
-    That nothing is there is believed only when all of the closest have said so.
+
+def all_answered(answers: Sequence[Answer], asked: int) -> bool:
+    """Somebody has something and nobody is left to ask.
+
+    A liar may name dictionaries of its own; only the sum of all answers has the others for sure.
     """
-    return len(answers) >= quorum(asked) and any(answer.records for answer in answers)
+    return len(answers) >= asked and any(answer.records for answer in answers)
 
 
 def majority_agrees(answers: Sequence[Answer], asked: int) -> bool:
@@ -99,7 +106,8 @@ def _named(first: Signed[Any]) -> object:
 ENOUGH: dict[Kind, Enough] = {
     Kind.LEASE: majority_agrees,
     Kind.MANIFEST: majority_agrees,
-    Kind.PREFIX: majority_answered,
+    Kind.PREFIX: all_answered,
+    Kind.SNAPSHOT: never,  # read when an expert is taken over: what one knows may be all
 }
 
 
@@ -130,6 +138,35 @@ def _age(copy: RecordCopy[Any]) -> tuple[int, int, bytes, float]:
     return body.epoch, body.incarnation, copy.signed.digest, copy.expires_at
 
 
+def saved(found: Searched, now: float) -> list[RecordCopy[SnapshotRecord]]:
+    """What was saved of an expert, best first: what a quorum names, then by lease and update.
+
+    So one holder of five cannot put a statement of somebody else in front. Of each statement the
+    newest version counts, and of that the longest.
+    """
+    best: dict[bytes, RecordCopy[SnapshotRecord]] = {}
+    for copy in found.all_copies():
+        place = place_below(copy.signed)
+        if copy.expires_at > now and (place not in best or _later(copy) > _later(best[place])):
+            best[place] = copy
+    sure = _named_by_most(found)
+    return [best[place] for place in sorted(best, key=lambda at: (at in sure, at), reverse=True)]
+
+
+def _later(copy: RecordCopy[SnapshotRecord]) -> tuple[tuple[int, int, bytes], float]:
+    return version(copy.signed), copy.expires_at
+
+
+def _named_by_most(found: Searched) -> set[bytes]:
+    """The places of snapshots at which a quorum of the holders has a statement."""
+    named = Counter(
+        place
+        for holder in found.holders
+        for place in {place_below(copy.signed) for copy in copies_of(found.answers, [holder])}
+    )
+    return {place for place, count in named.items() if count >= quorum(len(found.holders))}
+
+
 # ---------------------------------------------------------------------------------- read repair
 def wanted_copies(kind: Kind, found: Searched, now: float) -> list[RecordCopy[Any]]:
     """What each holder should have, as far as this read can say: copies with most of life left."""
@@ -145,6 +182,9 @@ def wanted_copies(kind: Kind, found: Searched, now: float) -> list[RecordCopy[An
             first = first_named(found)
             same = [copy for copy in valid if first and copy.signed.digest == first.digest]
             return sorted(same, key=lambda copy: -copy.expires_at)[:1]
+        case Kind.SNAPSHOT:
+            sure = _named_by_most(found)
+            return [copy for copy in saved(found, now) if place_below(copy.signed) in sure]
         case _:
             return newest(valid)
 

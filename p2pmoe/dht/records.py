@@ -11,6 +11,10 @@ L3  only a higher (epoch, incarnation) of the same publisher renews, an equal re
 L4  leases of different publishers are never compared here (readers count holders, `leases.py`);
 L5  a copy is kept only where there is nothing, or an older one of the same publisher.
 
+A lease that runs goes to another peer at once when its owner signed that (`Transfer`), under the
+next number; so an old transfer never counts again. Of snapshots (`saved.py`) a holder takes what
+the publisher of the lease says, while that is the last one known here, under its number.
+
 Lifetimes run on this peer's clock from receipt; a copy has what was left of it. What ended is
 remembered for a while, so that neither an old record nor an old lease number comes back. Room is
 that of `shelves.py`; who finds none is told `Full`.
@@ -20,17 +24,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from p2pmoe.dht.leases import LeaseCopy, RecordCopy, most_named
-from p2pmoe.dht.messages import Lease, PrefixRecord
+from p2pmoe.dht.messages import Lease, PrefixRecord, SnapshotRecord, Transfer
+from p2pmoe.dht.outcomes import Abstained as Abstained
+from p2pmoe.dht.outcomes import AskFirst as AskFirst
+from p2pmoe.dht.outcomes import Full as Full
+from p2pmoe.dht.outcomes import Others as Others
+from p2pmoe.dht.outcomes import Put as Put
+from p2pmoe.dht.outcomes import Refused as Refused
+from p2pmoe.dht.outcomes import Stale as Stale
+from p2pmoe.dht.outcomes import Stored as Stored
 from p2pmoe.dht.routing import Networks
+from p2pmoe.dht.saved import SavedShelf, place_below
 from p2pmoe.dht.shelves import Held as Held
 from p2pmoe.dht.shelves import RoomParams, Shelves
 from p2pmoe.identity import PeerId
-from p2pmoe.wire.envelope import Signed
+from p2pmoe.wire.envelope import Kind, Signed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +52,8 @@ class RecordParams:
     lease_ttl: float = 30.0  # at most; three renewals
     prefix_ttl: float = 60.0  # at most
     manifest_ttl: float = 3600.0  # since somebody last put it; a guess
+    snapshot_ttl: float = 86_400.0  # a swarm may be off for a night; a guess
+    snapshots: int = 4  # of one uid, the newest ones; a guess
     remember: float = 600.0  # after the end of a lease or dictionary; as updates are remembered
     publishers: int = 256  # dictionaries under one prefix
     manifests: int = 4  # of one name, the oldest ones; a guess
@@ -54,56 +68,6 @@ class RecordParams:
 NOWHERE: Networks = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """The record is held."""
-
-    expires_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stale:
-    """A record of the same publisher that is not older was held or withdrawn. Nothing changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A rule forbids it. `number` is the highest lease number remembered, `owner` who has it."""
-
-    why: str
-    number: int = 0
-    owner: Held | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Abstained:
-    """L2: this holder may not grant a lease yet. It is no vote against a renewal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Full:
-    """There is no room for it. That is no error."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Others:
-    """L1: what the `answered` peers said. `number` is the highest lease number they remember."""
-
-    named: Sequence[LeaseCopy] = ()
-    number: int = 0
-    answered: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class AskFirst:
-    """L1: the uid is vacant here. Ask the other closest peers, then call `decide`."""
-
-    lease: Signed[Lease]
-
-
-Put = Stored | Stale | Refused | Abstained | Full
 _LEASE = b""  # the one place under a lease's key
 
 
@@ -114,6 +78,7 @@ class RecordStore:
         self._params = params
         self._silent_until = started_at + params.lease_ttl if amnesia else started_at
         self.shelves = Shelves(params.room)
+        self._saved = SavedShelf(self.shelves, params.snapshots, params.room.per_publisher)
         self._withdrawn: dict[tuple[bytes, PeerId], tuple[int, int]] = {}  # by key and publisher
         self._gone: dict[PeerId, float] = {}  # publishers, and from when their leases are vacant
 
@@ -121,13 +86,17 @@ class RecordStore:
         return len(self.shelves)
 
     # ---------------------------------------------------------------------------------- reading
-    def get(self, key: bytes, now: float, after: bytes = b"") -> list[Held]:
-        """What is valid under a key: dictionaries by publisher, manifests oldest first.
+    def get(
+        self, key: bytes, now: float, after: bytes = b"", kind: Kind | None = None
+    ) -> list[Held]:
+        """What is valid under a key, of one kind: dictionaries by publisher, else oldest first.
 
         `after` leaves out the publishers up to that one (dictionaries only).
         """
         live = [
-            (sub, held) for sub, held in self.shelves.at(key).items() if self._is_live(held, now)
+            (sub, held)
+            for sub, held in self.shelves.at(key).items()
+            if self._is_live(held, now) and kind in (None, held.signed.kind)
         ]
         if live and isinstance(live[0][1].signed.body, PrefixRecord):
             live = sorted((sub, held) for sub, held in live if sub > after)
@@ -136,18 +105,27 @@ class RecordStore:
     def number(self, key: bytes) -> int:
         """The highest lease number that is remembered for a key, 0 for none."""
         held = self.shelves.get((key, _LEASE))
-        return held.signed.body.number if held and isinstance(held.signed.body, Lease) else 0
+        return max(held.signed.body.number if held else 0, self._saved.number(key))
 
     # ---------------------------------------------------------------------------------- writing
-    def put(self, signed: Signed[Any], now: float, networks: Networks = NOWHERE) -> Put | AskFirst:
+    def put(
+        self,
+        signed: Signed[Any],
+        now: float,
+        networks: Networks = NOWHERE,
+        transfer: Signed[Transfer] | None = None,
+    ) -> Put | AskFirst:
         """Take a record from its publisher's own connection, or a manifest from anybody's.
 
-        `networks` are those of the internet in which its publisher is.
+        `networks` are those of the internet in which its publisher is. `transfer` is what the owner
+        before signed, if it handed a lease over.
         """
         match signed.body:
             case Lease():
                 self.is_back(signed.signer)  # it speaks, so it is there
-                return self._put_lease(signed, now, networks)
+                return self._put_lease(signed, now, networks, transfer)
+            case SnapshotRecord():
+                return self._put_snapshot(signed, now, networks)
             case PrefixRecord():
                 ttl = signed.body.ttl_ms / 1000
                 return self._put_prefix(signed, now + ttl, now, networks)
@@ -161,6 +139,8 @@ class RecordStore:
         match copy.signed.body:
             case Lease():
                 return self._adopt_lease(copy, now)
+            case SnapshotRecord():
+                return self._adopt_snapshot(copy, now)
             case PrefixRecord():
                 return self._put_prefix(copy.signed, copy.expires_at, now, NOWHERE)
             case _:
@@ -180,14 +160,21 @@ class RecordStore:
         self._gone.pop(publisher, None)
 
     def decide(
-        self, lease: Signed[Lease], others: Others, now: float, networks: Networks = NOWHERE
+        self,
+        lease: Signed[Lease],
+        others: Others,
+        now: float,
+        networks: Networks = NOWHERE,
+        transfer: Signed[Transfer] | None = None,
     ) -> Put:
         """Grant a vacant uid or not, after L1: `others` is what the other closest peers said."""
-        again = self._put_lease(lease, now, networks)
+        again = self._put_lease(lease, now, networks, transfer)
         if not isinstance(again, AskFirst):  # somebody was granted it while others were asked
             return again
         valid = [copy for copy in others.named if self._is_live(copy, now)]
         owner = most_named([copy for copy in valid if not self._was_withdrawn(copy.signed)])
+        if owner is not None and _hands_over(transfer, owner.signed, lease):
+            return self._grant(lease, now, granted_at=-math.inf, networks=networks)
         if owner is not None and owner.signed.signer != lease.signer:
             self._adopt_lease(owner, now)
             left = min(owner.expires_at, now + self._params.lease_ttl)
@@ -213,6 +200,8 @@ class RecordStore:
         match body:
             case Lease():
                 sub, longest = _LEASE, min(self._params.lease_ttl, body.ttl_ms / 1000)
+            case SnapshotRecord():
+                sub, longest = place_below(signed), self._params.snapshot_ttl
             case PrefixRecord():
                 sub, longest = signed.signer.raw, min(self._params.prefix_ttl, body.ttl_ms / 1000)
             case _:
@@ -227,14 +216,21 @@ class RecordStore:
         self.shelves.expire(now)
 
     # ----------------------------------------------------------------------------------- leases
-    def _put_lease(self, signed: Signed[Lease], now: float, networks: Networks) -> Put | AskFirst:
+    def _put_lease(
+        self,
+        signed: Signed[Lease],
+        now: float,
+        networks: Networks,
+        transfer: Signed[Transfer] | None,
+    ) -> Put | AskFirst:
         body, held = signed.body, self.shelves.get((signed.body.key, _LEASE))
         if not body.ttl_ms:
             return self._withdraw(signed, held, now)
         if held is None:
-            return Stale() if self._was_withdrawn(signed) else AskFirst(signed)
+            return Stale() if self._was_withdrawn(signed) else AskFirst(signed, transfer)
         old, live, its_own = held.signed.body, self._is_live(held, now), held.signed.signer
-        if live and its_own != signed.signer:
+        handed_over = _hands_over(transfer, held.signed, signed)
+        if live and its_own != signed.signer and not handed_over:
             return Refused("owned", old.number, held)
         if self._was_withdrawn(signed) or (its_own == signed.signer and not _newer(body, old)):
             return Stale()
@@ -242,8 +238,9 @@ class RecordStore:
         if not lowest <= body.number <= old.number + self._params.number_leap:
             return Refused("number", old.number)
         if not live:
-            return AskFirst(signed)
-        return self._grant(signed, now, granted_at=held.granted_at, networks=networks)
+            return AskFirst(signed, transfer)
+        granted_at = -math.inf if handed_over else held.granted_at
+        return self._grant(signed, now, granted_at=granted_at, networks=networks)
 
     def _is_live(self, record: Held | LeaseCopy, now: float) -> bool:
         """Whether it has not ended, and is no lease of a publisher that is gone."""
@@ -304,6 +301,31 @@ class RecordStore:
             for (key, _), held in self.shelves.of(lease.signer).items()
         )
 
+    # -------------------------------------------------------------------------------- snapshots
+    def _put_snapshot(self, signed: Signed[Any], now: float, networks: Networks) -> Put:
+        """Only the owner of the last lease known says what was saved under it."""
+        lease = self.shelves.get((signed.body.key, _LEASE))
+        if lease is None:
+            return Refused("no_lease", self.number(signed.body.key))
+        owned = lease.signed.signer, lease.signed.body.number
+        if owned != (signed.signer, signed.body.lease):
+            live = self._is_live(lease, now)
+            return Refused("not_owner", owned[1], lease if live else None)
+        ends = now + self._params.snapshot_ttl
+        return self._saved.keep(Held(signed, ends, ends, networks=networks), now)
+
+    def _adopt_snapshot(self, copy: RecordCopy[Any], now: float) -> Put:
+        """A copy is kept unless the last lease known here contradicts it."""
+        lease = self.shelves.get((copy.signed.body.key, _LEASE))
+        if lease is not None:
+            number, body = lease.signed.body.number, copy.signed.body
+            if body.lease > number or (
+                body.lease == number and lease.signed.signer != copy.signed.signer
+            ):
+                return Refused("not_owner", number)
+        ends = min(copy.expires_at, now + self._params.snapshot_ttl)
+        return self._saved.keep(Held(copy.signed, ends, ends), now)
+
     # ------------------------------------------------------------------ dictionaries, manifests
     def _put_prefix(
         self, signed: Signed[Any], expires_at: float, now: float, networks: Networks
@@ -344,6 +366,16 @@ class RecordStore:
     def _store(self, sub: bytes, held: Held, now: float) -> Put:
         why = self.shelves.put((held.signed.body.key, sub), held, now)
         return Full(why) if why else Stored(held.expires_at)
+
+
+def _hands_over(
+    transfer: Signed[Transfer] | None, held: Signed[Lease], claim: Signed[Lease]
+) -> bool:
+    """Whether the owner of a lease signed that it goes to this claim's publisher."""
+    if transfer is None or transfer.signer != held.signer or transfer.body.key != held.body.key:
+        return False
+    said, number = transfer.body, held.body.number + 1
+    return said.to == claim.signer.raw and said.number == claim.body.number == number
 
 
 def _rank(key: bytes, publisher: bytes) -> bytes:

@@ -10,7 +10,6 @@ region, in which ten of the honest are expected, instead of the r closest peers.
 from __future__ import annotations
 
 import statistics
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,21 +34,28 @@ class _Measure:
 
 
 class NetworkSize:
-    """The number of peers, from what lookups found. It keeps the latest measures only."""
+    """The number of peers, from what lookups found. It keeps the latest measures only.
+
+    A place measured again tells nothing new: a few leases that are renewed would outvote the rest.
+    """
 
     def __init__(self, k: int) -> None:
         self._k = k
-        self._measures: deque[_Measure] = deque(maxlen=MOST_MEASURES)
+        self._measures: dict[bytes, _Measure] = {}  # by place, the latest last
 
     def found(self, target: bytes, closest: Sequence[PeerId], now: float) -> None:
         """A lookup ended: who answered, closest first. Fewer than k tell nothing."""
         if len(closest) >= self._k:
             away = distance(closest[self._k - 1].raw, target)
-            self._measures.append(_Measure(now, (self._k - 1 / 3) * _SPACE / max(1, away)))
+            self._measures.pop(target, None)
+            self._measures[target] = _Measure(now, (self._k - 1 / 3) * _SPACE / max(1, away))
+            if len(self._measures) > MOST_MEASURES:
+                del self._measures[next(iter(self._measures))]
 
     def estimate(self, now: float) -> float | None:
         """About how many peers there are; None as long as too few lookups have told."""
-        fresh = [each.peers for each in self._measures if each.at + MEASURE_AGE > now]
+        measures = self._measures.values()
+        fresh = [each.peers for each in measures if each.at + MEASURE_AGE > now]
         return statistics.median(fresh) if len(fresh) >= LEAST_MEASURES else None
 
     def is_crowded(self, target: bytes, closest: Sequence[PeerId], now: float) -> bool:

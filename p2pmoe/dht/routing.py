@@ -6,16 +6,20 @@ cache. A bucket is the length of the prefix that its ids share with ours, so no 
 border of two. Rules: only peers that were dialled enter; a network of the internet (/24, /48)
 has few places; whether an old contact lives is asked when it is due, not whenever a newcomer
 wants its place; the table never asks, it says whom to ask.
+
+Near our own id a table has room for everybody, so a crowd that connects to us could fill it. There
+a stranger, one that came by itself and that no trusted contact has named yet, gets a place only
+as long as there are no more contacts than a swarm of this size would have.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 from p2pmoe.identity import PeerId, distance
 
@@ -34,6 +38,7 @@ class RoutingParams:
     checks: int = 4  # contacts that are asked in one round, the most silent first; a guess
     network_in_bucket: int = 2  # contacts of one network in one bucket; geth
     network_in_table: int = 10  # contacts of one network in all buckets; geth
+    trusted_after: float = 3600.0  # seconds after which a stranger that stays is none; a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class PingOldest:
 
 @dataclass(frozen=True, slots=True)
 class Crowded:
-    """Enough contacts lie in the peer's network: it has no place here."""
+    """Enough contacts lie in the peer's network, or around us: it has no place here."""
 
 
 Insertion = Inserted | Waits | PingOldest | Crowded
@@ -65,6 +70,7 @@ Insertion = Inserted | Waits | PingOldest | Crowded
 class _Contact:
     seen: float
     networks: Networks
+    trusted_at: float  # from when on whom it names is no stranger
 
 
 @dataclass(slots=True)
@@ -84,6 +90,7 @@ class RoutingTable:
         self._params = params
         self._buckets = [_Bucket(looked_up=now)]
         self._networks: Counter[str] = Counter()  # of the contacts; none is 0
+        self.expected: float | None = None  # peers in the swarm, as far as lookups tell
 
     def __len__(self) -> int:
         return sum(len(bucket.contacts) for bucket in self._buckets)
@@ -95,12 +102,15 @@ class RoutingTable:
         """Every contact."""
         return [peer for bucket in self._buckets for peer in bucket.contacts]
 
-    def insert(self, peer: PeerId, now: float, networks: Networks = frozenset()) -> Insertion:
+    def insert(
+        self, peer: PeerId, now: float, networks: Networks = frozenset(), *, stranger: bool = False
+    ) -> Insertion:
         """A peer that was dialled just now. Our own id has no place here."""
         if peer == self._own:
             raise ValueError("a peer is no contact of itself")
-        self._take(self._bucket(peer.raw), peer)
-        contact = _Contact(now, networks)
+        old = self._take(self._bucket(peer.raw), peer)
+        trusted_at = now + self._params.trusted_after if stranger else now
+        contact = _Contact(now, networks, min(trusted_at, old.trusted_at) if old else trusted_at)
         while True:
             bucket = self._bucket(peer.raw)
             if len(bucket.contacts) < self._params.k:
@@ -108,10 +118,16 @@ class RoutingTable:
             if bucket is not self._buckets[-1]:
                 return self._wait(bucket, peer, contact)
             self._split()
-        if self._is_crowded(bucket, networks):
+        crowd = stranger and old is None and networks and self._has_enough_around(peer)
+        if crowd or self._is_crowded(bucket, networks):
             return Crowded()
         self._place(bucket, peer, contact)
         return Inserted()
+
+    def trusts(self, peer: PeerId, now: float) -> bool:
+        """Whether this is a contact, and no stranger or no longer one."""
+        contact = self._bucket(peer.raw).contacts.get(peer)
+        return contact is not None and contact.trusted_at <= now
 
     def seen(self, peer: PeerId, now: float) -> None:
         """A contact answered: it is the newest of its bucket. Others are not inserted by this."""
@@ -121,12 +137,18 @@ class RoutingTable:
             contact.seen = now
 
     def remove(self, peer: PeerId) -> None:
-        """A peer failed: it goes, and the one that waited and was seen last takes its place."""
+        """A peer failed: it goes, and the one that waited and was seen last takes its place.
+
+        Strangers come after those that are none.
+        """
         bucket = self._bucket(peer.raw)
         was_there = peer in bucket.contacts
         self._take(bucket, peer)
         while was_there and bucket.waiting:
-            next_peer, contact = bucket.waiting.popitem()
+            last = reversed(bucket.waiting.items())
+            known = (peer for peer, each in last if each.trusted_at <= each.seen)
+            next_peer = next(known, next(reversed(bucket.waiting)))
+            contact = bucket.waiting.pop(next_peer)
             if not self._is_crowded(bucket, contact.networks):
                 self._place(bucket, next_peer, contact)
                 break
@@ -134,10 +156,18 @@ class RoutingTable:
     def closest(
         self, target: bytes, count: int, allowed: Callable[[PeerId], bool] | None = None
     ) -> list[PeerId]:
-        """The contacts nearest to `target`, nearest first, of those that are `allowed`."""
-        number = int.from_bytes(target, "big")
-        nearest = sorted(self.peers(), key=lambda peer: int.from_bytes(peer.raw, "big") ^ number)
-        return list(islice(filter(allowed, nearest), count))
+        """The contacts nearest to `target`, nearest first, of those that are `allowed`.
+
+        Contacts of one group share as many bits with the target, those of the next group fewer; so
+        groups need no sorting among each other.
+        """
+        number, nearest = int.from_bytes(target, "big"), list[PeerId]()
+        for group in self._groups(target):
+            near = sorted((peer.number ^ number, peer) for peer in group)
+            nearest += (peer for _, peer in near if allowed is None or allowed(peer))
+            if len(nearest) >= count:
+                break
+        return nearest[:count]
 
     def to_check(self, now: float) -> list[PeerId]:
         """Contacts to ask for a sign of life: the most silent ones, if they are silent for long."""
@@ -170,6 +200,14 @@ class RoutingTable:
     def _bucket(self, place: bytes) -> _Bucket:
         return self._buckets[min(self._shared_bits(place), len(self._buckets) - 1)]
 
+    def _groups(self, place: bytes) -> Iterator[Iterable[PeerId]]:
+        """All contacts: the bucket of the place, all deeper ones as one, then each one outwards."""
+        at = min(self._shared_bits(place), len(self._buckets) - 1)
+        yield self._buckets[at].contacts
+        yield [peer for bucket in self._buckets[at + 1 :] for peer in bucket.contacts]
+        for bucket in reversed(self._buckets[:at]):
+            yield bucket.contacts
+
     def _split(self) -> None:
         """The last bucket holds our own range: what shares a longer prefix moves one further.
 
@@ -185,14 +223,36 @@ class RoutingTable:
         bucket.contacts[peer] = contact
         self._networks.update(contact.networks)
 
-    def _take(self, bucket: _Bucket, peer: PeerId) -> None:
-        """A peer goes from wherever it is; what is counted of its networks goes with it."""
+    def _take(self, bucket: _Bucket, peer: PeerId) -> _Contact | None:
+        """A peer goes from wherever it is; what is counted of its networks goes with it.
+
+        Returns what it was as a contact.
+        """
         bucket.waiting.pop(peer, None)
         contact = bucket.contacts.pop(peer, None)
         for network in () if contact is None else contact.networks:
             self._networks[network] -= 1
             if not self._networks[network]:
                 del self._networks[network]
+        return contact
+
+    def _has_enough_around(self, peer: PeerId) -> bool:
+        """Whether this peer lies where all have room, and as many are there as would be by chance.
+
+        That is where at most 2k peers share so many bits with us: a Poisson number of them.
+        """
+        if self.expected is None:
+            return False
+        bits = max(0, math.floor(math.log2(max(self.expected, 1) / self._params.k)))
+        if self._shared_bits(peer.raw) < bits:
+            return False
+        around = sum(
+            self._shared_bits(each.raw) >= bits
+            for bucket in self._buckets[min(bits, len(self._buckets) - 1) :]
+            for each in bucket.contacts
+        )
+        chance = math.ldexp(self.expected, -bits)
+        return around >= chance + math.sqrt(chance)
 
     def _is_crowded(self, bucket: _Bucket, networks: Iterable[str]) -> bool:
         return any(
@@ -204,8 +264,10 @@ class RoutingTable:
 
     def _wait(self, bucket: _Bucket, peer: PeerId, contact: _Contact) -> PingOldest | Waits:
         bucket.waiting[peer] = contact
+        now = contact.seen
         if len(bucket.waiting) > self._params.replacements:
-            del bucket.waiting[next(iter(bucket.waiting))]
+            strangers = (each for each, what in bucket.waiting.items() if what.trusted_at > now)
+            del bucket.waiting[next(strangers, next(iter(bucket.waiting)))]
         oldest, old = next(iter(bucket.contacts.items()))
         return (
             PingOldest(oldest) if old.seen + self._params.check_after <= contact.seen else Waits()

@@ -27,6 +27,8 @@ from p2pmoe.dht.reading import (
     Enough,
     Question,
     Searched,
+    all_answered,
+    all_reached,
     lacking,
     never,
     wanted_copies,
@@ -43,6 +45,8 @@ ONE_PATH_BELOW = 32  # contacts; with fewer, two paths ask everybody and are no 
 HOSTILE_PATHS = 4  # in hostile mode; S/Kademlia
 MEND_PAUSE = 5.0  # seconds in which one holder is told once that it lacks something; a guess
 MOST_MENDED = 4096  # holders and keys that were told lately; a guess
+
+_BY_ALL = {all_answered, all_reached}  # rules for which one path alone may be led astray
 
 Ask = Callable[[PeerId], Awaitable[Answer]]
 
@@ -71,12 +75,16 @@ class SearchParams:
 
 @dataclass(slots=True)
 class _Search:
-    """One search under way: what to ask for, when to stop, and what came."""
+    """One search under way: what to ask for, when to stop, and what came.
+
+    A `patient` one waits for all that may be alive, as a decision has to.
+    """
 
     target: bytes
     ask: Ask
     enough: Enough
     answers: dict[PeerId, Answer]
+    patient: bool = True
 
 
 class Searches:
@@ -108,12 +116,23 @@ class Searches:
         search = _Search(target, ask, never, {})
         return await self._flights.share(target, partial(self._search, search, careful=True))
 
+    async def nearest(self, key: bytes) -> Searched:
+        """The r peers closest to a key, who were all reached just now; sooner than by `find`."""
+        if self._params.hostile:
+            return await self.find(key)
+        search = _Search(key, partial(self._asks.find, target=key), all_reached, {}, patient=False)
+        found = partial(self._search, search, careful=True)
+        return await self._flights.share((key, all_reached), found)
+
     async def read(self, kind: Kind, key: bytes, enough: Enough | None = None) -> Searched:
         """What the holders of a key have, until `enough` of them (by kind) have answered."""
-        enough = never if self._params.hostile else enough or ENOUGH[kind]
-        question = Question(kind, key)
-        read = partial(self._read, kind, question, enough)
-        return await self._flights.share((question, enough), read)
+        rule = never if self._params.hostile else ENOUGH[kind]
+        patient = enough is not None or rule is never
+        enough = enough or rule
+        ask = partial(self._get_pages, question=Question(kind, key))
+        search = _Search(key, ask, enough, {}, patient)
+        read = partial(self._read, kind, search)
+        return await self._flights.share((kind, key, enough), read)
 
     async def inspect(self, key: bytes) -> Searched:
         """What all holders of a key have, whatever it is. It repairs nothing."""
@@ -128,11 +147,10 @@ class Searches:
         return self._place.usable(peer) and not self._contacts.avoided(peer, now)
 
     # ------------------------------------------------------------------------------- carried out
-    async def _read(self, kind: Kind, question: Question, enough: Enough) -> Searched:
-        ask = partial(self._get_pages, question=question)
-        search = _Search(question.key, ask, enough, self._own_answer(question))
+    async def _read(self, kind: Kind, search: _Search) -> Searched:
+        search.answers.update(self._own_answer(Question(kind, search.target)))
         found = await self._search(search, careful=kind is Kind.LEASE)
-        self._mend(kind, question.key, found)
+        self._mend(kind, search.target, found)
         return found
 
     async def _search(self, search: _Search, *, careful: bool) -> Searched:
@@ -152,6 +170,7 @@ class Searches:
         else:
             if lookup.done:  # one that ended early knows too few, and they lie too far away
                 self.size.found(target, closest, now)
+                table.expected = self.size.estimate(now)
             # Who stopped early has not heard all of the closest, but knows which ones they are.
             early = not lookup.done and self._settled(lookup, search)
             known = lookup.closest(self.k, now) if early else closest
@@ -193,7 +212,7 @@ class Searches:
         async with trio.open_nursery() as questions:
             while not lookup.done and not self._settled(lookup, search):
                 now = trio.current_time()
-                for peer in lookup.wanted(now):
+                for peer in lookup.wanted(now, 0 if search.patient else MOST_HOLDERS):
                     if self.usable(peer):
                         questions.start_soon(self._ask, search.ask, peer, came_send)
                     else:
@@ -233,6 +252,13 @@ class Searches:
     def _settled(self, lookup: Lookup, search: _Search) -> bool:
         """Who is slow does not count, so that a dead peer near the key costs a read little."""
         now = trio.current_time()
+        found = any(answer.records for answer in search.answers.values())
+        if found and not search.patient and lookup.settled(now):  # the rest may be dead
+            return True
+        if search.enough is never:
+            return False
+        if search.enough in _BY_ALL and not lookup.has_converged(MOST_HOLDERS):
+            return False
         known = lookup.closest(self.k, now)
         closest = holders(search.target, known, self._place.holder)
         answers = [search.answers[peer] for peer in closest if peer in search.answers]
@@ -245,7 +271,8 @@ class Searches:
             return {}
         now = trio.current_time()
         copies = tuple(
-            RecordCopy(held.signed, held.expires_at) for held in self._store.get(question.key, now)
+            RecordCopy(held.signed, held.expires_at)
+            for held in self._store.get(question.key, now, kind=question.kind)
         )
         return {self._place.own: Answer((), copies, self._store.number(question.key))}
 

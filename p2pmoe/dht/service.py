@@ -2,7 +2,8 @@
 
 A peer that can be dialled holds records for others; a client only reads. A read follows the rule of
 the record's kind: for a lease the publisher that most of the r closest name, for a manifest the one
-that most of them saw first, for dictionaries the newest of every publisher.
+that most of them saw first, for dictionaries the newest of every publisher, for snapshots all that
+are known, best first.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from p2pmoe.dht.jobs import Jobs, together
 from p2pmoe.dht.keeping import Clocks, Keeper
 from p2pmoe.dht.leases import LeaseParams, LeaseView, most_named
 from p2pmoe.dht.leases import LeaseRefused as LeaseRefused
-from p2pmoe.dht.messages import NO_GRID, Manifest, key_of
+from p2pmoe.dht.messages import NO_GRID, Manifest, SnapshotRecord, key_of
 from p2pmoe.dht.neighbours import NeighbourParts, Neighbours, Sign
-from p2pmoe.dht.owner import Owner, OwnerParts
-from p2pmoe.dht.reading import Searched, first_named, newest
+from p2pmoe.dht.owner import OnTransfer, Owner, OwnerParts
+from p2pmoe.dht.reading import Searched, first_named, newest, saved
 from p2pmoe.dht.records import RecordParams, RecordStore
 from p2pmoe.dht.search import Place, Searches, SearchParams
 from p2pmoe.errors import P2PMoEError, QuorumNotReached
@@ -91,6 +92,7 @@ class DhtService:
         now = trio.current_time()
         self.own = keys.peer_id
         self.observers: list[Callable[[PeerId, Sign], None]] = []  # told between awaits
+        self.on_transfer: OnTransfer = lambda _grid, _uid, _owner: False  # a server says otherwise
         self._own_record, self._incarnation = own_record, 0
         place = Place(self.own, lambda: own_record() is not None, pool.usable)
         self._jobs = Jobs()
@@ -107,7 +109,14 @@ class DhtService:
         )
         self._holder = holder = Holder(
             HolderParts(
-                place, self._store, contacts, asks, searches, self._neighbours.dial_back, self._jobs
+                place,
+                self._store,
+                contacts,
+                asks,
+                searches,
+                self._neighbours.dial_back,
+                lambda transfer: self._owner.offered(transfer, self.on_transfer),
+                self._jobs,
             )
         )
         pool.handlers.update(holder.handlers)
@@ -163,17 +172,14 @@ class DhtService:
 
         Raises `QuorumNotReached` when nobody stored it.
         """
-        name, key = manifest.body.name, manifest.body.key
-        holders = (await self._searches.find(key)).holders
-        votes = await self._owner.write(holders, manifest)
-        stored = tuple(holder for holder, vote in votes.items() if vote.outcome == "stored")
-        self._absent.pop(key, None)
+        name = manifest.body.name
+        stored, failed, _ = await self._owner.store(manifest)
+        self._absent.pop(manifest.body.key, None)
         winner = await self.get_manifest(name)
         if winner is None:
             raise QuorumNotReached(f"nobody stored the manifest of {name}", needed=1)
         if winner.digest == manifest.digest:
             self._put_here[name] = manifest
-        failed = tuple(holder for holder in holders if holder not in stored)
         return Receipt(stored, failed, winner)
 
     async def get_prefix(self, grid: bytes, prefix: str) -> PrefixView:
@@ -206,13 +212,16 @@ class DhtService:
             return None
         return LeaseView(uid, copy.signed.signer, copy.signed.body.number, copy.expires_at)
 
-    async def claim(self, grid: bytes, uid: str) -> LeaseView:
+    async def claim(self, grid: bytes, uid: str, above: int = 0) -> LeaseView:
         """Take the lease of an expert; from then on it is renewed and announced.
+
+        Its number is above all that holders remember, and above `above`. What was transferred to
+        this peer is granted at once.
 
         Raises `LeaseRefused` when another peer has it, `QuorumNotReached` when too few holders
         grant it now (try again later), `LocalProtocolError` when this peer cannot be dialled.
         """
-        view = await self._owner.claim((grid, uid))
+        view = await self._owner.claim((grid, uid), above)
         self._absent.pop(key_of(Kind.LEASE, grid, uid), None)
         return view
 
@@ -220,9 +229,37 @@ class DhtService:
         """Give leases back and end their announcements; the caller sets a deadline."""
         await self._owner.withdraw(uids)
 
+    async def transfer(self, grid: bytes, uid: str, to: PeerId) -> bool:
+        """End a lease here and offer it; whether the other peer takes it. It claims it then.
+
+        From the call on this peer does not serve the expert, whatever comes of it: try another
+        peer, or withdraw. Raises `LeaseLost` when it is not held, `P2PMoEError` when the peer does
+        not answer.
+        """
+        return await self._owner.transfer((grid, uid), to)
+
+    # --------------------------------------------------------------------------------- snapshots
+    async def put_snapshot(self, record: Signed[SnapshotRecord]) -> tuple[PeerId, ...]:
+        """Tell what was saved of an expert whose lease is held, beside that lease: who holds it.
+
+        Raises `QuorumNotReached` when nobody stored it.
+        """
+        stored, _, why = await self._owner.store(record)
+        if not stored:
+            raise QuorumNotReached(f"nobody stored what was saved of {record.body.uid} ({why})")
+        return stored
+
+    async def snapshots(self, grid: bytes, uid: str) -> list[Signed[SnapshotRecord]]:
+        """What is known to be saved of an expert, best first; what few holders name comes last."""
+        found = await self._searches.read(Kind.SNAPSHOT, key_of(Kind.LEASE, grid, uid))
+        return [copy.signed for copy in saved(found, trio.current_time())]
+
     def lease_number(self, grid: bytes, uid: str, now: float) -> int | None:
-        """The number of a lease held; None when it was lost, or not renewed at a quorum in time."""
-        return self._owner.book.number((grid, uid), now)
+        """The number of a lease held; None when it was lost, or not renewed at a quorum in time.
+
+        Also None from the end of a pause of this process until the next renewal.
+        """
+        return self._owner.book.serving((grid, uid), now)
 
     async def inspect(self, key: bytes) -> Searched:
         """What every holder of a key has, of any kind, for people who look. It changes nothing."""
@@ -235,6 +272,12 @@ class DhtService:
             record = self._own_record()
             return None if record is None else contact_of(record)
         return self._contacts.contact(peer)
+
+    async def locate(self, peer: PeerId) -> Contact | None:
+        """Where to dial a peer, which is looked for if no record of it has come by."""
+        if self.contact(peer) is None:
+            await self._searches.find(peer.raw)
+        return self.contact(peer)
 
     def grids(self) -> set[str]:
         """The names of the grids that known peers say they serve."""

@@ -90,14 +90,18 @@ class Shelves:
         """All entries of one publisher."""
         return self._publishers.get(publisher, {})
 
-    def put(self, place: Place, held: Held, now: float) -> str:
-        """Put an entry in its place, or say for whom there is no room: "" when it was put."""
+    def put(self, place: Place, held: Held, now: float, instead: Place | None = None) -> str:
+        """Put an entry in its place, or say for whom there is no room: "" when it was put.
+
+        It replaces what is there, or else `instead`, which lies under the same key.
+        """
         self.expire(now)
-        old = self.get(place)
-        if why := self._no_room_for(held, old, ended=place in self._ended):
+        taken = place if instead is None or self.get(place) is not None else instead
+        old = self.get(taken)
+        if why := self._no_room_for(held, old, ended=taken in self._ended):
             return why
         if old is not None:
-            self._take_out(place, old)
+            self._take_out(taken, old)
         while self.bytes + held.charge > self._params.in_all:
             self.remove(next(iter(self._ended)))
         self._put_in(place, held)

@@ -212,7 +212,9 @@ class World:
             start, end = bisect_left(self._ids, low), bisect_left(self._ids, low + (1 << width))
             for at in dice.sample(range(start, end), min(k, end - start)):
                 number = self._ids[at]
-                self.introduce(contacts, self.by_id[PeerId(number.to_bytes(32, "big"))])
+                other = self.by_id[PeerId(number.to_bytes(32, "big"))]
+                self.introduce(contacts, other)
+                contacts.vouch(other.id, self.now)
             mine = own >> width << width
             if bisect_left(self._ids, mine + (1 << width)) - bisect_left(self._ids, mine) <= 1:
                 break  # nobody else shares more
@@ -288,7 +290,7 @@ class World:
             self.ask(source, outcome.oldest, source.id.raw, lambda _: None)
         if isinstance(reply, Answer):
             for closer in reply.closer:
-                contacts.learn(self.by_id[closer].card)
+                contacts.named(target.id, self.by_id[closer].card, self.now)
         then(reply)
 
     def _silent(

@@ -178,22 +178,32 @@ class CrowdFigures:
 
 
 def measure_crowd(nodes: int, connections: int, networks: int, seed: int) -> CrowdFigures:
-    """Fresh ids from so many networks of the attacker connect, and answer when dialled back."""
+    """Fresh ids from so many networks of the attacker connect, and answer when dialled back.
+
+    They name one another, too, to the victim's lookups, by which it refreshes its table.
+    """
     world = honest(World(Simulation(seed), WorldParams(latency=Exponential(0.05))))
     world.populate(nodes)
-    victim = world.peers[0]
-    contacts = world.contacts_of(victim)
-    good = set(contacts.table.peers())
-    dice = world.simulation.dice("crowd")
+    victim, crowd = world.peers[0], Liars(world)
+    contacts, dice = world.contacts_of(victim), world.simulation.dice("crowd")
+    _learn_the_size(world, victim, dice)
+    good = {peer for peer in contacts.table.peers() if world.by_id[peer].answers is None}
     for number in range(connections):
         world.simulation.run(world.now + 0.1)
         for peer in contacts.table.to_check(world.now):
             contacts.table.seen(peer, world.now)
-        host = f"9.9.{number % networks}.{dice.randrange(1, 255)}"
-        contacts.learn(world.add(host=host, listed=False).card)
-        contacts.dialled(world.peers[-1].id, world.now)
+        for place in contacts.table.to_refresh(world.now, dice):
+            contacts.table.looked_up(place, world.now)
+            Search(world, victim, place, lambda _found: None)
+        network = number % networks
+        host = f"9.{network >> 8}.{network & 255}.{dice.randrange(1, 255)}"
+        stranger = world.add(host=host, listed=False)
+        crowd.turn(stranger)
+        contacts.learn(stranger.card)
+        contacts.dialled(stranger.id, world.now)
     after = set(contacts.table.peers())
-    return CrowdFigures(len(good), len(good & after), len(after - good))
+    strangers = sum(world.by_id[peer].answers is not None for peer in after)
+    return CrowdFigures(len(good), len(good & after), strangers)
 
 
 # ---------------------------------------------------------------------------------- a flood

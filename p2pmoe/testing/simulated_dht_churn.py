@@ -181,6 +181,7 @@ class Churn:
             return
         via = self._dice.choice(self._alive)
         self.world.contacts_of(peer).learn(via.card)
+        self.world.contacts_of(peer).vouch(via.id, self.world.now)
 
         def greeted(reply: object) -> None:
             if reply is None:

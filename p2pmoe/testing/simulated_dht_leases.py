@@ -15,7 +15,7 @@ from functools import partial
 from p2pmoe.dht.claims import Again, Ask, Claim
 from p2pmoe.dht.leases import Granted, LeaseBook, LeaseParams, Vote, most_named, tally
 from p2pmoe.dht.messages import MAX_TTL_MS, Lease, key_of
-from p2pmoe.dht.reading import Question, Searched, never
+from p2pmoe.dht.reading import Question, Searched, all_reached, never
 from p2pmoe.identity import PeerId
 from p2pmoe.testing.simulated_dht import SimulatedPeer, World, sign
 from p2pmoe.testing.simulated_dht_churn import Churn, ChurnRun
@@ -94,7 +94,7 @@ class Claimant:
         if not self.paused:
             self.book.lapsed(self.world.now)
             for _ in self.book.due(self.world.now):
-                Search(self.world, self.peer, KEY, self._renew)
+                Search(self.world, self.peer, KEY, self._renew, all_reached)
         self.world.simulation.after(LOOK_EVERY, self.look_after)
 
     def _renew(self, found: Searched) -> None:

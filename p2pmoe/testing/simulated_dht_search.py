@@ -21,6 +21,8 @@ from p2pmoe.dht.reading import (
     Enough,
     Question,
     Searched,
+    all_answered,
+    all_reached,
     lacking,
     never,
     wanted_copies,
@@ -32,6 +34,7 @@ from p2pmoe.identity import PeerId
 from p2pmoe.testing.simulated_dht import Mend, Reply, SimulatedPeer, Then, World
 from p2pmoe.wire.envelope import Kind, Signed
 
+BY_ALL = {all_answered, all_reached}  # as `dht/search.py`
 Done = Callable[[Searched], None]
 
 
@@ -47,7 +50,10 @@ class Search:
         enough: Enough = never,
     ) -> None:
         self._world, self._peer, self._wanted, self._then = world, peer, wanted, then
+        if enough is all_reached and world.params.search.hostile:
+            enough = never
         self._enough = enough
+        self._patient = enough is never or enough not in {*ENOUGH.values(), all_reached}
         self._target = wanted if isinstance(wanted, bytes) else wanted.key
         self._answers: dict[PeerId, Answer] = {}
         contacts, k = world.contacts_of(peer), world.params.search.lookup.k
@@ -80,7 +86,7 @@ class Search:
             if lookup.done or self._settled():
                 self._end(lookup)
                 return
-            chosen = lookup.wanted(self._world.now)
+            chosen = lookup.wanted(self._world.now, 0 if self._patient else MOST_HOLDERS)
             for peer in chosen:
                 if self._world.usable(self._peer, peer):
                     heard = partial(self._heard, lookup, peer, None)
@@ -119,6 +125,13 @@ class Search:
         return paged and reply.more and known < MOST_PAGES * len(reply.records)
 
     def _settled(self) -> bool:
+        found = any(answer.records for answer in self._answers.values())
+        if found and not self._patient and self._lookup.settled(self._world.now):
+            return True
+        if self._enough is never:
+            return False
+        if self._enough in BY_ALL and not self._lookup.has_converged(MOST_HOLDERS):
+            return False
         known = self._lookup.closest(self._world.params.search.lookup.k, self._world.now)
         closest = holders(self._target, known, self._own)
         answers = [self._answers[peer] for peer in closest if peer in self._answers]
@@ -147,6 +160,7 @@ class Search:
         else:
             if lookup.done:
                 size.found(self._target, closest, now)
+                self._world.contacts_of(self._peer).table.expected = size.estimate(now)
             params = self._world.params.search
             known = closest if lookup.done else lookup.closest(params.lookup.k, now)
             most = params.lookup.k if params.hostile else MOST_HOLDERS
@@ -211,7 +225,8 @@ class Write:
 
     def begin(self) -> None:
         """Look for the holders first."""
-        Search(self._world, self._peer, self._record.body.key, lambda found: self.at(found.holders))
+        key = self._record.body.key
+        Search(self._world, self._peer, key, lambda found: self.at(found.holders), all_reached)
 
     def at(self, places: list[PeerId]) -> None:
         """Put it at these."""

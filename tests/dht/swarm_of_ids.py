@@ -7,7 +7,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from p2pmoe.dht.messages import Lease, Manifest, PrefixRecord, TensorSchema
+from p2pmoe.dht.messages import (
+    Lease,
+    Manifest,
+    PrefixRecord,
+    SnapshotRecord,
+    TensorSchema,
+    Transfer,
+)
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.wire.envelope import Kind, Signed, seal
 from p2pmoe.wire.peer_record import PeerRecord, seal_record
@@ -48,6 +55,24 @@ def lease(
         grid=grid, uid=uid, number=number, epoch=1, incarnation=version, ttl_ms=ttl_ms
     )  # fmt: skip
     return seal(keys, body, kind=Kind.LEASE, network=NETWORK)
+
+
+def transfer(
+    keys: KeyPair, to: KeyPair, uid: str = "ffn.1.2", *, number: int = 2, grid: bytes = GRID
+) -> Signed[Transfer]:
+    body = Transfer(grid=grid, uid=uid, to=to.peer_id.raw, number=number)
+    return seal(keys, body, kind=Kind.TRANSFER, network=NETWORK)
+
+
+def snapshot(
+    keys: KeyPair, uid: str = "ffn.1.2", *, number: int = 1, step: int = 1, saved_ms: int = 1,
+    keepers: int = 0,
+) -> Signed[SnapshotRecord]:  # fmt: skip
+    body = SnapshotRecord(
+        grid=GRID, uid=uid, lease=number, step=step, saved_ms=saved_ms, hash=place(step), bytes=9,
+        keepers=tuple(place(at) for at in range(keepers)),
+    )  # fmt: skip
+    return seal(keys, body, kind=Kind.SNAPSHOT, network=NETWORK)
 
 
 def dictionary(

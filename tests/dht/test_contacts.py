@@ -202,6 +202,40 @@ def test_the_networks_of_a_peer_are_those_of_the_internet(
     assert networks_of(contact) == networks
 
 
+def test_a_name_counts_as_the_network_to_which_it_led() -> None:
+    """A name costs nothing: a crowd could bring as many as it likes."""
+    contact = Contact(ANN.peer_id, (Address("home.example", 1), Address("8.8.4.4", 1)))
+    assert networks_of(contact, "9.9.9.9") == {"9.9.9.0/24", "8.8.4.0/24"}
+    assert networks_of(contact, "192.168.1.4") == {"8.8.4.0/24"}
+    params = ContactParams(routing=RoutingParams(network_in_table=1))
+    one = Contacts(OWN.peer_id, params, now=0.0)
+    for keys, name in ((ANN, "a.example:1"), (BOB, "b.example:1")):
+        one.learn(card(keys, name))
+    assert one.dialled(ANN.peer_id, 0.0, "9.9.9.9") == Inserted()
+    assert one.dialled(BOB.peer_id, 0.0, "9.9.9.8") == Crowded()
+    assert one.networks(BOB.peer_id) == {"9.9.9.0/24"}
+    assert one.networks(EVE.peer_id) == frozenset()
+
+
+def test_whom_a_trusted_contact_names_is_no_stranger_and_has_a_place() -> None:
+    one = Contacts(OWN.peer_id, ContactParams(), now=0.0)
+    one.table.expected = 1.0  # so that there is room for two strangers
+    for keys, address in ((ANN, "8.8.1.1:1"), (BOB, "8.8.2.1:1"), (EVE, "8.8.3.1:1")):
+        one.learn(card(keys, address))
+        outcome = one.dialled(keys.peer_id, 0.0)
+    assert outcome == Crowded()
+    one.named(ANN.peer_id, card(EVE, "8.8.3.1:1"), 1.0)  # a stranger itself
+    assert EVE.peer_id not in one.table
+    one.vouch(BOB.peer_id, 1.0)
+    assert one.table.trusts(BOB.peer_id, 1.0)
+    one.named(BOB.peer_id, card(EVE, "8.8.3.1:1"), 1.0)
+    one.named(BOB.peer_id, card(EVE, "8.8.3.1:1"), 1.0)
+    assert EVE.peer_id in one.table
+    one.vouch(PEOPLE[4].peer_id, 1.0)  # who is that?
+    one.named(BOB.peer_id, card(PEOPLE[5], "8.8.4.1:1"), 1.0)
+    assert PEOPLE[5].peer_id not in one.table  # nobody has reached it yet
+
+
 def test_the_limits_of_networks_are_those_of_the_table() -> None:
     params = ContactParams(routing=RoutingParams(network_in_table=1))
     one = Contacts(OWN.peer_id, params, now=0.0)

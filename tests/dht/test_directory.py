@@ -6,7 +6,7 @@ import trio
 from p2pmoe.dht.directory import GridReading, GridWatch, read_grid
 from p2pmoe.dht.neighbours import Sign
 from p2pmoe.errors import ExpertUnavailable
-from tests.dht.peers import Peer, Town, town
+from tests.dht.peers import UID, Peer, Town, swarm, town
 from tests.dht.swarm_of_ids import manifest
 
 CELLS = ["ffn.0.0", "ffn.0.3", "ffn.2.1", "ffn.3.3"]
@@ -277,3 +277,33 @@ async def test_what_the_membership_says_of_a_server_changes_the_view_at_once(
             client.dht.member_alive(record)
             assert cells(watch) == CELLS
         watches.cancel_scope.cancel()
+
+
+async def test_a_lease_that_turned_out_wrong_is_read_again_until_it_is_another(
+    autojump_clock,
+) -> None:
+    async with town() as here:
+        peers = await swarm(here, 4)
+        made = manifest(peers[0].keys, cells=(8, 8))
+        await peers[0].dht.put_manifest(made)
+        grid = made.digest
+        await peers[0].dht.claim(grid, UID)
+        await trio.sleep(1)
+        watch = GridWatch(peers[3].dht, "ffn")
+        async with trio.open_nursery() as tasks:
+            await tasks.start(watch.run)
+            await watch.changed()
+            assert watch.current is not None
+            peers[1].dht.on_transfer = lambda _grid, _uid, _owner: True
+            assert await peers[0].dht.transfer(grid, UID, peers[1].id)
+            await peers[1].dht.claim(grid, UID)
+            watch.poke([UID])  # its first lease would be believed for 20 seconds
+            await trio.sleep(1.5)
+            assert watch.current.cells[UID].peer == peers[1].id
+            assert watch.current.cells[UID].number == 2
+            watch.poke([UID, "ffn.9.9"])
+            await trio.sleep(20)
+            assert list(watch._wrong) == [UID]  # it may be another any moment
+            await trio.sleep(20)
+            assert not watch._wrong
+            tasks.cancel_scope.cancel()

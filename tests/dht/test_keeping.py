@@ -12,7 +12,7 @@ from p2pmoe.dht.contacts import ContactParams, Contacts
 from p2pmoe.dht.keeping import FILE, Clocks, Keeper
 from p2pmoe.dht.records import Others, RecordParams, RecordStore, Stored
 from p2pmoe.wire.envelope import Signed
-from tests.dht.swarm_of_ids import NETWORK, PEOPLE, card, dictionary, lease, manifest
+from tests.dht.swarm_of_ids import NETWORK, PEOPLE, card, dictionary, lease, manifest, snapshot
 
 OWN, ANN, BOB = PEOPLE[:3]
 
@@ -91,6 +91,18 @@ async def test_records_and_contacts_come_back_with_what_is_left_of_them(tmp_path
     assert life.contacts.record(ANN.peer_id) == card(ANN, "10.0.0.1:1")
     assert life.contacts.record(BOB.peer_id) is None
     assert len(life.contacts.table) == 0  # until they are reached
+
+
+async def test_what_was_saved_is_known_after_a_night(tmp_path: Path) -> None:
+    machine = Machine()
+    life = await filled(tmp_path, machine)
+    life.store.put(snapshot(BOB, number=7), trio.current_time())
+    await end(life)
+    machine.passes(36_000)
+    life = await again(tmp_path, machine)
+    assert life.held(snapshot(BOB, number=7)) == pytest.approx(50_400, abs=1)
+    assert life.held(lease(BOB, number=7)) is None
+    assert life.store.number(lease(BOB).body.key) == 7  # and is not given again
 
 
 async def test_what_has_ended_meanwhile_leaves_its_number(tmp_path: Path) -> None:

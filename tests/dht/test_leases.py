@@ -244,3 +244,31 @@ def test_every_prefix_of_what_is_held_has_its_next_coordinates() -> None:
         (GRID, "ffn.3"): (2, 5),
         (GRID, "ffn.10"): (1,),
     }
+
+
+def test_after_a_pause_a_lease_counts_for_calls_only_once_it_was_renewed() -> None:
+    one = book()
+    one.granted(NAME, 5, asked_at=0.0)
+    assert one.serving(NAME, 100.0) is None  # it ended, looked at or not
+    one.looked(0.0)
+    assert one.next_deadline() == 1.0
+    one.looked(1.0)
+    assert one.serving(NAME, 6.0) == 5
+    assert one.serving(NAME, 6.1) is None  # it was stopped, and has not looked yet
+    assert one.number(NAME, 6.1) == 5  # it may be renewed
+    one.looked(6.1)
+    assert one.serving(NAME, 6.2) is None
+    assert one.due(6.1) == [NAME]
+    one.granted(NAME, 5, asked_at=6.1)
+    assert one.serving(NAME, 6.2) == 5
+
+
+def test_where_there_is_no_lease_nobody_looks() -> None:
+    one = book()
+    one.looked(0.0)
+    assert one.next_deadline() == math.inf
+    assert one.serving(NAME, 0.0) is None
+    one.granted(NAME, 5, asked_at=50.0)
+    assert one.serving(NAME, 50.0) == 5
+    one.looked(50.0)
+    assert one.serving(NAME, 50.0) == 5

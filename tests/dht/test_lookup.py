@@ -118,6 +118,33 @@ def test_who_is_slow_is_left_out_of_the_closest_until_it_answers() -> None:
     assert one.closest(2, 0.31) == [peer(1), peer(2)]
 
 
+def test_whoever_is_late_is_not_waited_for_by_one_that_has_no_patience() -> None:
+    one = lookup(1, 2, 3, 4)
+    one.wanted(0.0)
+    one.told(peer(2), [], 0.01)
+    assert one.wanted(0.01) == [peer(3)]
+    one.told(peer(3), [], 0.02)
+    assert not one.settled(0.24)
+    assert one.next_deadline(0.03) == 0.25
+    assert one.settled(0.25)  # peer 1 was asked a quarter of a second ago
+    assert not one.done
+    one.failed(peer(1))
+    assert not one.settled(9.0)  # peer 4 is the third closest now, and nobody asked it
+
+
+def test_of_several_paths_each_has_to_hear_from_all_of_its_closest() -> None:
+    one = lookup(8, 9, params=LookupParams(k=4, alpha=4, paths=2))
+    one.wanted(0.0)
+    one.told(peer(8), [peer(1), peer(2)], 0.1)
+    one.wanted(0.1)
+    for near in (1, 2):
+        one.told(peer(near), [], 0.2)
+    assert not one.has_converged(3)  # the path of 9 may say otherwise
+    one.told(peer(9), [], 0.3)
+    assert one.has_converged(3)
+    assert lookup(8).has_converged(3)  # of one path the rule of the record is enough
+
+
 def test_slow_is_measured_in_round_trips_once_they_are_known() -> None:
     one = lookup(1, 2, 3, 4, 5, params=LookupParams(k=5, alpha=2))
     one.wanted(0.0)

@@ -12,7 +12,7 @@ from p2pmoe.dht.search import HOSTILE_PATHS, MOST_MENDED
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind
 from tests.dht.peers import UID, Peer, owner_of, swarm, town
-from tests.dht.swarm_of_ids import GRID, manifest
+from tests.dht.swarm_of_ids import GRID, manifest, place
 
 LEASE_KEY = key_of(Kind.LEASE, GRID, UID)
 PREFIX_KEY = key_of(Kind.PREFIX, GRID, "ffn")
@@ -191,7 +191,9 @@ async def test_a_key_that_is_crowded_is_searched_for_in_its_region(
             near = [peer.id for peer in peers[1:9]]
             size.found(near[0].raw, near, trio.current_time())
         monkeypatch.setattr("p2pmoe.dht.region.GROUND_BELOW", 1e9)  # as if all lay near
-        size._measures.extend(_Measure(trio.current_time(), 20.0) for _ in range(MOST_MEASURES))
+        now = trio.current_time()
+        for number in range(MOST_MEASURES):
+            size._measures[place(number)] = _Measure(now, 20.0)
         await peers[1].dht.claim(GRID, UID)
         found = await reader._searches.read(Kind.LEASE, LEASE_KEY)
         assert found.summary is not None

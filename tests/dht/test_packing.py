@@ -42,8 +42,8 @@ def test_a_record_comes_with_its_publishers_contact_and_what_is_left_of_its_life
 
 def test_a_record_that_ends_now_has_nothing_left_and_a_long_one_no_more_than_the_field() -> None:
     one = packer()
-    one.add([], [held(PEOPLE[0], 9.0), Held(manifest(PEOPLE[1]), 3600.0, 3600.0)])
-    assert [copy.left_ms for copy in one.reply().answers[0].records] == [0, 600_000]
+    one.add([], [held(PEOPLE[0], 9.0), Held(manifest(PEOPLE[1]), 1e9, 1e9)])
+    assert [copy.left_ms for copy in one.reply().answers[0].records] == [0, 86_400_000]
 
 
 def test_a_peer_whose_record_is_not_known_is_left_out() -> None:
@@ -59,7 +59,7 @@ def test_a_first_answer_that_is_too_long_is_cut_between_records_and_says_so() ->
     found = one.reply().answers[0]
     assert found.more
     assert 0 < len(found.records) < len(records)
-    assert len(one.reply().contacts) == len(found.records)
+    assert one.reply().contacts == ()  # a server of a cell is found by its lease
     assert ANSWER_BYTES * 0.9 < len(schema.encode(one.reply())) <= MAX_BYTES
     assert not one.add([], [held(PEOPLE[0])])
     assert len(one.reply().answers) == 1

@@ -10,6 +10,7 @@ from p2pmoe.dht.reading import (
     ENOUGH,
     Answer,
     Searched,
+    all_reached,
     first_named,
     lacking,
     never,
@@ -93,12 +94,17 @@ def test_a_quorum_that_agrees_is_enough_and_one_that_does_not_is_not() -> None:
     assert not ENOUGH[Kind.MANIFEST]([one, two], 3)
 
 
-def test_a_quorum_that_has_dictionaries_is_enough_and_nothing_is_believed_of_all_alone() -> None:
+def test_dictionaries_are_read_from_all_and_nothing_is_believed_of_all_alone() -> None:
     enough = ENOUGH[Kind.PREFIX]
-    assert enough([said(), said(), said(dictionary(ANN, 1))], 5)
-    assert not enough([said(), said(), said(), said()], 5)
-    assert not enough([said(dictionary(ANN, 1))] * 2, 5)
+    assert enough([said(), said(), said(dictionary(ANN, 1))], 3)
+    assert not enough([said(dictionary(ANN, 1))] * 4, 5)  # a liar may be quicker than the honest
+    assert not enough([said(), said(), said(), said()], 4)
     assert not never([said(dictionary(ANN, 1))] * 5, 5)
+
+
+def test_holders_are_found_when_all_of_the_closest_that_are_known_have_answered() -> None:
+    assert all_reached([said()] * 5, 5)
+    assert not all_reached([said()] * 4, 5)
 
 
 def test_the_highest_number_is_whoevers_remembers_it() -> None:

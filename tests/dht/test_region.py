@@ -54,6 +54,26 @@ def test_honest_keys_are_not_taken_for_crowded_ones() -> None:
     assert alarms <= 3
 
 
+def test_a_place_that_is_looked_up_again_and_again_counts_once() -> None:
+    """Whoever renews a lease looks up one place, ten times a minute."""
+    peers, size = swarm(100), NetworkSize(K)
+    for number in range(4 * LEAST_MEASURES):
+        target = place(number % (LEAST_MEASURES - 1))
+        size.found(target, nearest(peers, target, K), 0.0)
+    assert size.estimate(0.0) is None
+
+
+def test_only_the_latest_places_are_remembered() -> None:
+    size = measured(swarm(1000), lookups=100)
+    few, rng = swarm(50), dice(9)
+    for _ in range(32):
+        target = place(rng.getrandbits(256))
+        size.found(target, nearest(few, target, K), 1.0)
+    estimate = size.estimate(1.0)
+    assert estimate is not None
+    assert estimate < 100
+
+
 def test_twenty_ids_next_to_a_key_are_noticed_and_the_honest_are_in_its_region() -> None:
     peers, rng = swarm(1000), dice(6)
     size = measured(peers)

@@ -233,6 +233,49 @@ def test_a_thousand_ids_of_one_network_leave_the_others_their_places() -> None:
     assert len(kept) >= len(one) - 10
 
 
+# ----------------------------------------------------------------------------------- strangers
+def networked(number: int) -> frozenset[str]:
+    """Nobody shares a network."""
+    return frozenset({str(number)})
+
+
+def test_around_us_strangers_have_no_place_once_as_many_are_there_as_would_be_by_chance() -> None:
+    one = table(RoutingParams(k=8))
+    one.expected = 128.0  # eight of them share four bits with us, give or take three
+    for number in range(1, 41):
+        one.insert(peer(number << 236), 0.0, networked(number), stranger=True)
+    assert len(one) == 11
+    assert one.insert(peer(5 << 249), 0.0, networked(41)) == Inserted()  # this is no stranger
+    assert one.insert(peer(6 << 249), 0.0, stranger=True) == Inserted()  # nor one from home
+    assert one.insert(far(1), 0.0, networked(42), stranger=True) == Inserted()  # it is far away
+    assert one.insert(peer(1 << 236), 1.0, networked(1), stranger=True) == Inserted()  # it was here
+    one.expected = None  # as long as nobody knows how many there are
+    assert one.insert(peer(7 << 249), 0.0, networked(43), stranger=True) == Inserted()
+
+
+def test_a_stranger_is_trusted_when_it_has_stayed_for_long_or_was_met_otherwise() -> None:
+    one = table(RoutingParams(trusted_after=60.0))
+    one.insert(far(1), 0.0, stranger=True)
+    one.insert(far(2), 0.0)
+    assert one.trusts(far(2), 0.0)
+    assert not one.trusts(far(3), 0.0)  # it is no contact
+    one.insert(far(1), 50.0, stranger=True)  # a new connection does not begin it anew
+    assert not one.trusts(far(1), 59.9)
+    assert one.trusts(far(1), 60.0)
+
+
+def test_of_those_who_wait_strangers_are_dropped_first_and_come_last() -> None:
+    one = table(RoutingParams(k=2, replacements=2))
+    for number in (1, 2, 3):
+        one.insert(far(number), 0.0)
+    for number in (4, 5, 6):
+        one.insert(far(number), 0.0, stranger=True)
+    one.remove(far(1))
+    assert set(one.peers()) == {far(2), far(3)}
+    one.remove(far(2))
+    assert set(one.peers()) == {far(3), far(6)}
+
+
 NETWORKS = [frozenset(), frozenset({"a"}), frozenset({"b"}), frozenset({"a", "b"})]
 
 
@@ -250,12 +293,12 @@ class TableAgainstAList(RuleBasedStateMachine):
         self.alive: dict[PeerId, frozenset[str]] = {}
         self.seen_at: dict[PeerId, float] = {}
 
-    @rule(each=ids | edge_ids, networks=st.sampled_from(NETWORKS))
-    def join_or_move(self, each: PeerId, networks: frozenset[str]) -> None:
+    @rule(each=ids | edge_ids, networks=st.sampled_from(NETWORKS), stranger=st.booleans())
+    def join_or_move(self, each: PeerId, networks: frozenset[str], stranger: bool) -> None:
         if each == OWN:
             return
         room = {other for other in self.table.peers() if other != each}
-        match self.table.insert(each, self.now, networks):
+        match self.table.insert(each, self.now, networks, stranger=stranger):
             case Inserted():
                 assert each in self.table
             case PingOldest(oldest):
@@ -266,6 +309,10 @@ class TableAgainstAList(RuleBasedStateMachine):
         assert room <= set(self.table.peers())  # no newcomer puts out who is there
         self.alive[each] = networks
         self.seen_at[each] = self.now
+
+    @rule(count=st.sampled_from([None, 1.0, 8.0, 1000.0]))
+    def lookups_tell_how_many_there_are(self, count: float | None) -> None:
+        self.table.expected = count
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())

@@ -1,7 +1,8 @@
 """The whole DHT as a state machine on the network in memory.
 
-Hypothesis writes a history: peers join, leave and crash, claim and give back, read, are parted and
-healed, and time jumps. After each step, and when all has settled, the promises are checked:
+Hypothesis writes a history: peers join, leave and crash, all holders are replaced while a stranger
+claims, peers claim and give back, read, are parted and healed, and time jumps. After each step, and
+when all has settled, the promises are checked:
 
 - nobody but one peer of a connected swarm believes that it has a uid, and its number only grows;
 - whoever reads is given an owner that believes so too, or nobody;
@@ -13,12 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import trio
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from p2pmoe.dht.leases import LeaseRefused
+from p2pmoe.dht.leases import MOST_HOLDERS, LeaseRefused
+from p2pmoe.dht.messages import key_of
 from p2pmoe.errors import P2PMoEError, QuorumNotReached
+from p2pmoe.wire.envelope import Kind
 from tests.dht.peers import Peer, Town, held, owner_of, town
 from tests.dht.swarm_of_ids import GRID
 
@@ -34,6 +37,7 @@ steps = st.one_of(
     st.tuples(st.just("crash"), numbers),
     st.tuples(st.just("come_back")),
     st.tuples(st.just("claim"), numbers, uids),
+    st.tuples(st.just("replace"), uids),
     st.tuples(st.just("claim_all"), uids),
     st.tuples(st.just("withdraw"), numbers, uids),
     st.tuples(st.just("read"), numbers, uids),
@@ -51,6 +55,7 @@ class World:
     here: Town
     clock: MockClock
     opened: int = 0
+    last: int = MOST_PEERS  # number of a newcomer
     epoch: int = 1
     gone: list[int] = field(default_factory=list)  # numbers of peers that crashed or left
     parted: bool = False
@@ -103,6 +108,23 @@ class World:
         async with trio.open_nursery() as claims:
             for number in range(len(self.peers)):
                 claims.start_soon(self.claim, number, uid)
+
+    async def replace(self, uid: str) -> None:
+        """All holders but the owner crash, and newcomers take their places: one of them claims."""
+        owner = next((peer for peer in self.peers if held(peer, uid)), None)
+        if owner is None or self.unsettled:
+            return
+        found = await owner.dht.inspect(key_of(Kind.LEASE, GRID, uid))
+        if not found.answers[owner.id].records:  # it holds what is nearer to others
+            return
+        for peer in [peer for peer in self.peers if peer is not owner]:
+            await self.here.kill(peer)
+        for _ in range(MOST_HOLDERS - 1):
+            self.last += 1
+            await self.here.open(self.last, by=[owner])
+        if (number := held(owner, uid)) is not None:
+            await self.claim(len(self.peers) - 1, uid)
+            assert (held(owner, uid), held(self.peers[-1], uid)) == (number, None)
 
     async def withdraw(self, number: int, uid: str) -> None:
         if peer := self.pick(number):
@@ -174,7 +196,8 @@ class World:
 
 
 @given(st.lists(steps, max_size=12))
-@settings(max_examples=12)
+@example([("claim", 0, UIDS[0]), ("replace", UIDS[0]), ("wait", 5.0), ("replace", UIDS[0])])
+@settings(max_examples=8)
 def test_whatever_happens_the_promises_hold_and_afterwards_all_agree(
     history: list[tuple[object, ...]],
 ) -> None:

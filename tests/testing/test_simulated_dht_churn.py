@@ -58,7 +58,7 @@ def assert_holds(figures: ChurnFigures) -> None:
     assert figures.lost_low <= 3 * figures.bound
 
 
-@pytest.mark.parametrize("kind", ["exponential", "lognormal"])
+@pytest.mark.parametrize("kind", ["lognormal"])
 def test_records_are_found_while_peers_come_and_go(kind: str) -> None:
     run = ChurnRun(nodes=40, records=12, gets=150, half_life=600.0, duration=900.0, kind=kind)
     seen: list[float] = []
@@ -71,6 +71,15 @@ def test_records_are_found_while_peers_come_and_go(kind: str) -> None:
 
 @pytest.mark.soak
 def test_of_a_hundred_thousand_gets_under_churn_a_thousandth_fails_at_most() -> None:
-    figures = measure(ChurnRun(nodes=200, records=200, gets=100_000, duration=8 * HOUR))
+    run = ChurnRun(nodes=200, records=1000, gets=100_000, duration=12 * HOUR)  # 48,000 holdings
+    figures = measure(run)
     assert_holds(figures)
-    assert figures.lost / figures.holdings <= 3 * figures.bound
+    assert figures.lost_high <= 3 * figures.bound
+
+
+@pytest.mark.soak
+def test_without_a_reader_no_more_records_are_lost_than_the_bound_says() -> None:
+    """Nobody reads, so nothing is repaired; the interval of 100,000 holdings decides."""
+    figures = measure(ChurnRun(nodes=60, records=2000, gets=1, duration=12.5 * HOUR))
+    assert figures.holdings >= 98_000
+    assert figures.lost_high <= 3 * figures.bound
