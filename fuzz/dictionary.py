@@ -30,9 +30,10 @@ PLAIN = [b"/ip4/", b"/ip6/", b"/dns/", b"/tcp/", b"/p2p/", b"127.0.0.1", b"[::1]
 
 
 def messages() -> list[type[msgspec.Struct]]:
-    """Every message of `wire`, of the files named messages.py, and of watching."""
+    """Every message of `wire`, of the files named messages.py, of watching and of copies."""
     root = Path(p2pmoe.__file__).parent
     paths = [*root.glob("wire/*.py"), *root.glob("*/messages.py"), *root.glob("*/watching.py")]
+    paths += root.glob("*/copies.py")
     modules = {".".join(("p2pmoe", path.parent.name, path.stem)) for path in paths}
     for module in modules:
         importlib.import_module(module)

@@ -15,6 +15,8 @@ from p2pmoe.dht.messages import (
     PrefixRecord,
     PutReply,
     PutRequest,
+    SnapshotRecord,
+    Transfer,
 )
 
 MAX_INPUT = 512  # bytes; a manifest, or a reply with a few records
@@ -29,7 +31,10 @@ MESSAGES = (
     PutReply,
     MendRequest,
     MendReply,
+    Transfer,
+    SnapshotRecord,
 )
+STORED = {"lease", "snapshot", "prefix", "manifest"}
 NAME = set("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
@@ -45,6 +50,23 @@ def check_path(text: str, least: int, most: int) -> None:
         assert one.isdigit()
         assert str(int(one)) == one
         assert len(one) <= 5
+
+
+def check_handed(record: Transfer | SnapshotRecord) -> None:
+    """What is said of a lease: who gets it, or what was saved under it."""
+    assert 0 <= record.v < 2**16
+    assert len(record.key) == len(record.grid) == 32
+    check_path(record.uid, 1, 4)
+    if isinstance(record, Transfer):
+        assert len(record.to) == 32
+        assert 1 <= record.number < 2**63
+    else:
+        assert 1 <= record.lease < 2**63
+        assert min(record.step, record.saved_ms, record.bytes) >= 0
+        assert max(record.step, record.saved_ms, record.bytes) < 2**63
+        assert len(record.hash) == 32
+        assert len(record.keepers) <= 4
+        assert all(len(keeper) == 32 for keeper in record.keepers)
 
 
 def check_signed(record: Lease | PrefixRecord | Manifest) -> None:
@@ -78,16 +100,20 @@ def fuzz_one(data: bytes) -> None:
     match read(data, MESSAGES):
         case Lease() | PrefixRecord() | Manifest() as record:
             check_signed(record)
+        case Transfer() | SnapshotRecord() as record:
+            check_handed(record)
         case FindRequest(targets=targets):
             assert 1 <= len(targets) <= 32
             assert all(len(target) == 32 for target in targets)
         case GetRequest(keys=keys):
             assert 1 <= len(keys) <= 32
             assert all(len(one.key) == 32 and len(one.after) <= 32 for one in keys)
+            assert all(one.kind in {*STORED, None} for one in keys)
         case PutRequest(records=records):
             assert 1 <= len(records) <= 32
             assert all(len(one.record) <= 32_768 for one in records)
-            assert all(one.kind in {"lease", "prefix", "manifest"} for one in records)
+            assert all(one.kind in {*STORED, "transfer"} for one in records)
+            assert all(len(one.transfer) <= 32_768 for one in records)
         case MendRequest(keys=keys):
             assert 1 <= len(keys) <= 32
             assert all(len(one.key) == 32 for one in keys)
@@ -97,7 +123,7 @@ def fuzz_one(data: bytes) -> None:
             assert all(len(answer.closer) <= 16 for answer in answers)
             assert all(0 <= answer.number < 2**63 for answer in answers)
             copies = [copy for answer in answers for copy in answer.records]
-            assert all(0 <= copy.left_ms <= 600_000 for copy in copies)
+            assert all(0 <= copy.left_ms <= 86_400_000 for copy in copies)
         case PutReply(verdicts=verdicts):
             assert 1 <= len(verdicts) <= 32
             assert all(len(verdict.why) <= 24 for verdict in verdicts)

@@ -4,23 +4,25 @@ Tensors that are announced are compared with what an expert takes, which the cal
 """
 
 from fuzz.checks import read
-from p2pmoe.errors import SchemaMismatch
+from p2pmoe.errors import MalformedMessage, SchemaMismatch
 from p2pmoe.experts.messages import (
+    Answer,
+    BackwardPart,
     BackwardRequest,
     ExpertInfo,
     ForwardPart,
     ForwardRequest,
     InfoReply,
     InfoRequest,
-    PartReply,
     TensorSpec,
+    check_rows,
     fitting_rows,
 )
 from p2pmoe.wire import schema
 from p2pmoe.wire.tensor import TensorDescriptor
 
 MAX_INPUT = 512  # bytes; a backward request of two parts
-MESSAGES = (ForwardRequest, BackwardRequest, PartReply, InfoRequest, InfoReply)
+MESSAGES = (ForwardRequest, BackwardRequest, Answer, InfoRequest, InfoReply)
 SPECS = (TensorSpec(dtype="float32", shape=(8, None)), TensorSpec(dtype="int64", shape=()))
 
 TAKEN = (
@@ -28,7 +30,8 @@ TAKEN = (
     TensorDescriptor(dtype="int64", shape=(3,)),
 )
 SEEDS = [
-    b"\0" + schema.encode(ForwardRequest(parts=(ForwardPart(uid="f.0", lease=1, tensors=given),)))
+    b"\0"
+    + schema.encode(ForwardRequest(parts=(ForwardPart(uid="f.0", lease=1, rows=3),), inputs=given))
     for given in (
         TAKEN,
         TAKEN[:1],
@@ -54,7 +57,7 @@ def fits(specs: tuple[TensorSpec, ...], tensors: tuple[TensorDescriptor, ...]) -
     return len(rows) == 1 and rows != {0}
 
 
-def check_rows(tensors: tuple[TensorDescriptor, ...]) -> None:
+def check_fit(tensors: tuple[TensorDescriptor, ...]) -> None:
     assert len(tensors) <= 8
     for specs in (SPECS, SPECS[:1], SPECS[1:]):
         try:
@@ -76,28 +79,44 @@ def check_info(info: ExpertInfo) -> None:
         assert all(size is None or 1 <= size <= 2**24 for size in spec.shape)
 
 
+def check_call(
+    parts: tuple[ForwardPart | BackwardPart, ...], tensors: tuple[TensorDescriptor, ...]
+) -> None:
+    """All tensors have the rows of all parts, or the call is refused."""
+    assert 1 <= len(parts) <= 64
+    for part in parts:
+        assert 0 <= part.lease < 2**63
+        assert 1 <= part.rows <= 2**24
+    rows = sum(part.rows for part in parts)
+    try:
+        check_rows(parts, tensors)
+    except MalformedMessage as error:
+        assert error.why == "expert.rows"
+        assert any(not tensor.shape or tensor.shape[0] != rows for tensor in tensors)
+    else:
+        assert all(tensor.shape and tensor.shape[0] == rows for tensor in tensors)
+    check_fit(tensors[:8])
+
+
 def fuzz_one(data: bytes) -> None:
     match read(data, MESSAGES):
-        case ForwardRequest(parts=parts):
+        case ForwardRequest(parts=parts, inputs=inputs):
+            check_call(parts, inputs)
+        case BackwardRequest(parts=parts, inputs=inputs, grads=grads):
+            assert all(len(part.update) == 16 for part in parts)
+            check_call(parts, inputs + grads)
+        case Answer(parts=parts, tensors=tensors, retry_after_ms=hint):
             assert 1 <= len(parts) <= 64
-            for part in parts:
-                assert 0 <= part.lease < 2**63
-                check_rows(part.tensors)
-        case BackwardRequest(parts=parts):
-            assert 1 <= len(parts) <= 64
-            for part in parts:
-                assert 0 <= part.lease < 2**63
-                assert len(part.update) == 16
-                check_rows(part.inputs)
-                check_rows(part.grads)
-        case PartReply() as reply:
-            assert 0 <= reply.index < 64
-            assert len(reply.code) <= 24
-            assert len(reply.detail) <= 256
-            check_rows(reply.tensors)
+            assert 0 <= hint < 2**32
+            for reply in parts:
+                assert 0 <= reply.index < 64
+                assert len(reply.code) <= 24
+                assert len(reply.detail) <= 256
+            check_fit(tensors)
         case InfoRequest(uids=uids):
             assert len(uids) <= 64
-        case InfoReply(experts=experts):
+        case InfoReply(experts=experts, trainers=trainers):
             assert len(experts) <= 64
+            assert 0 <= trainers < 2**32
             for info in experts:
                 check_info(info)

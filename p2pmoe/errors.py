@@ -102,6 +102,12 @@ class PeerBusy(P2PMoEError):
     retry_after: float | None = None
 
 
+class ExpertPaused(PeerBusy):
+    """One expert of the other side rests, because it ran too long. Its other experts do not."""
+
+    code = "paused"
+
+
 class LeaseLost(P2PMoEError):
     """The server no longer holds the lease that the call names. Look the expert up again."""
 
@@ -180,6 +186,20 @@ class KeyFileError(StateError):
     code = "key_file"
 
 
+class SnapshotRefused(P2PMoEError, ValueError):
+    """A saved expert is damaged, not the one that its owner signed, or of another expert.
+
+    `why` is a stable code: size, hash, header, tensors, finite or statement. The next older
+    snapshot is used instead.
+    """
+
+    code = "snapshot"
+
+    def __init__(self, why: str, detail: str = "") -> None:
+        super().__init__(f"{why}: {detail}" if detail else why)
+        self.why, self.detail = why, detail
+
+
 class AddressInUse(P2PMoEError, OSError):
     """Something else listens on this port. Choose another one, or stop it."""
 
@@ -195,6 +215,7 @@ _ON_THE_WIRE: tuple[type[P2PMoEError], ...] = (
     NotAllowed,
     VersionMismatch,
     PeerBusy,
+    ExpertPaused,
     LeaseLost,
     QuorumNotReached,
     RemoteProtocolError,

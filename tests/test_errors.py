@@ -30,6 +30,7 @@ BUILTINS = {
     "StateError": OSError,
     "KeyFileError": OSError,
     "AddressInUse": OSError,
+    "SnapshotRefused": ValueError,
 }
 
 

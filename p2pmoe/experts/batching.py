@@ -1,17 +1,21 @@
 """Which waiting requests run together on a device. A core: `now` comes in, decisions go out.
 
 A batch holds requests of one expert, of one kind and of one shape, never more rows than the
-maximum. The oldest request of all whose expert is free is always in the next batch; the rest of
-that batch is filled by the clients in turn, one request each, so that a busy client does not crowd
-out the others. Requests that were cancelled, or whose deadline has passed, are never in a batch.
+maximum. Clients share the device by what their requests cost: the client that had least so far
+begins the next batch, with the oldest of its requests whose expert is free, and the rest of that
+batch is filled in the same order. Who is a whole batch ahead of the others waits, so that neither
+many requests nor many experts get a client more than its share; who comes back after a while
+begins where the others are. (Start-time fair queueing: Goyal, Vin, Cheng, SIGCOMM 1996.) Requests
+that were cancelled, or whose deadline has passed, are never in a batch.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterator, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
@@ -32,11 +36,15 @@ class BatchingParams:
     max_batch: int = 4096  # rows; the peer system's default is the same
     max_waiting: int = 8192  # requests of all clients; a guess
     max_waiting_of_client: int = 2048  # requests; a guess: 32 calls of 64 parts
+    start_rows: int = 32  # what it costs a client to begin a batch, in rows; a guess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """One request in the queue. `schema` is equal for requests that may be merged."""
+    """One request in the queue. `schema` is equal for requests that may be merged.
+
+    Experts of one `family` can be computed side by side; None is no family.
+    """
 
     number: int  # never used again
     uid: str
@@ -46,17 +54,23 @@ class Waiting:
     client: Hashable
     arrived: float
     deadline: float = math.inf
+    family: Hashable = None
 
     @property
     def group(self) -> Hashable:
         """Requests of one group may run together."""
         return self.uid, self.kind, self.schema
 
+    def beside(self, other: Waiting) -> bool:
+        """Whether another expert's batch with this request can run beside one with the other."""
+        alike = (self.family, self.kind, self.schema) == (other.family, other.kind, other.schema)
+        return alike and self.family is not None
+
 
 Request = TypeVar("Request", bound=Waiting)
 
 
-_Clients = OrderedDict[Hashable, OrderedDict[int, Request]]  # by whose turn it is; by arrival
+_Clients = dict[Hashable, OrderedDict[int, Request]]  # each client's by arrival
 
 
 class Batching(Generic[Request]):
@@ -67,7 +81,9 @@ class Batching(Generic[Request]):
         self._waiting: OrderedDict[int, Request] = OrderedDict()  # by arrival
         self._groups: dict[Hashable, _Clients[Request]] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap; entries of those gone are stale
-        self._of_client: dict[Hashable, int] = {}
+        self._of_client: _Clients[Request] = {}
+        self._had: dict[Hashable, float] = {}  # rows, of the clients above `_floor`
+        self._floor = 0.0  # nobody counts as less; it rises by the mean of what clients get
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -78,13 +94,12 @@ class Batching(Generic[Request]):
             raise ValueError(f"{request.rows} rows of at most {self.params.max_batch}")
         if request.number in self._waiting:
             raise ValueError(f"request {request.number} is waiting already")
-        mine = self._of_client.get(request.client, 0)
+        mine = len(self._of_client.get(request.client, ()))
         if len(self) >= self.params.max_waiting or mine >= self.params.max_waiting_of_client:
             return False
         self._waiting[request.number] = request
-        self._of_client[request.client] = mine + 1
-        clients = self._groups.setdefault(request.group, OrderedDict())
-        clients.setdefault(request.client, OrderedDict())[request.number] = request
+        for clients in (self._of_client, self._groups.setdefault(request.group, {})):
+            clients.setdefault(request.client, OrderedDict())[request.number] = request
         if request.deadline < math.inf:
             heapq.heappush(self._deadlines, (request.deadline, request.number))
         return True
@@ -117,47 +132,92 @@ class Batching(Generic[Request]):
         """When `tick` has something to drop, unless that request is gone by then."""
         return self._deadlines[0][0] if self._deadlines else math.inf
 
-    def next_batch(self, running: Container[str] = ()) -> list[Request]:
+    def next_wave(self, running: Set[str] = frozenset()) -> list[Request]:
+        """What to run now: the next batch, and one of each expert that can run beside it.
+
+        Another is begun while there are fewer rows in the wave than in the largest batch.
+        """
+        wave = batch = self.next_batch(running)
+        rows = 0
+        while batch and wave[0].family is not None:
+            rows += sum(request.rows for request in batch)
+            if rows >= self.params.max_batch:
+                break
+            running = running | {batch[0].uid}
+            batch = self.next_batch(running, beside=wave[0])
+            wave = wave + batch
+        return wave
+
+    def next_batch(
+        self, running: Container[str] = (), *, beside: Request | None = None
+    ) -> list[Request]:
         """What to run now, removed from the queue; empty when nothing can. `tick` comes first.
 
-        Experts in `running` are left out.
+        Experts in `running` are left out, and all that cannot run `beside` another request.
         """
-        fit = (request for request in self._waiting.values() if request.uid not in running)
-        oldest = next(fit, None)
-        if oldest is None:
+        first = min(self._firsts(running, beside), key=self._turn, default=None)
+        if first is None:
             return []
-        batch, room = [oldest], self.params.max_batch - oldest.rows
-        self._take(oldest)
-        turns = list(self._groups.get(oldest.group, ()))
+        clients_waiting = len(self._of_client)
+        self._floor = self._share(first.client)
+        self._charge(first.client, self.params.start_rows)
+        batch, room = [first], self.params.max_batch - first.rows
+        self._take(first)
+        clients = self._groups.get(first.group, {})
+        turns = [(*self._turn(one), one) for one in map(_oldest, clients.values())]
+        heapq.heapify(turns)
         while turns and room:
-            again = []
-            for client in turns:
-                first = next(iter(self._groups[oldest.group][client].values()))
-                if first.rows <= room:
-                    batch.append(first)
-                    room -= first.rows
-                    if self._take(first):
-                        again.append(client)
-            turns = again
+            *_, one = heapq.heappop(turns)
+            if one.rows <= room and self._share(one.client) <= self._floor + self._lead:
+                batch.append(one)
+                room -= one.rows
+                self._take(one)
+                if more := clients.get(one.client):
+                    heapq.heappush(turns, (*self._turn(_oldest(more)), _oldest(more)))
+        cost = self.params.start_rows + self.params.max_batch - room
+        self._floor += cost / clients_waiting
+        self._had = {client: had for client, had in self._had.items() if had > self._floor}
         return batch
 
-    def _take(self, request: Request) -> bool:
-        """Remove a request; its client's next turn comes last. Whether that client has more."""
+    @property
+    def _lead(self) -> int:
+        """By how many rows a client may be ahead of the one that has had least."""
+        return self.params.max_batch + self.params.start_rows
+
+    def _firsts(self, running: Container[str], beside: Request | None) -> Iterator[Request]:
+        """The oldest request of each client whose expert is free."""
+        for mine in self._of_client.values():
+            fit = (
+                request
+                for request in mine.values()
+                if request.uid not in running and (beside is None or request.beside(beside))
+            )
+            yield from itertools.islice(fit, 1)
+
+    def _share(self, client: Hashable) -> float:
+        return max(self._floor, self._had.get(client, 0))
+
+    def _charge(self, client: Hashable, rows: int) -> None:
+        self._had[client] = self._share(client) + rows
+
+    def _turn(self, request: Request) -> tuple[float, int]:
+        """Whose turn it is: the client's that has had least, the oldest request's among equals."""
+        return self._share(request.client), request.number
+
+    def _take(self, request: Request) -> None:
         self._remove(request)
-        clients = self._groups.get(request.group)
-        if clients is None or request.client not in clients:
-            return False
-        clients.move_to_end(request.client)
-        return True
+        self._charge(request.client, request.rows)
 
     def _remove(self, request: Request) -> None:
         del self._waiting[request.number]
-        clients = self._groups[request.group]
-        del clients[request.client][request.number]
-        if not clients[request.client]:
-            del clients[request.client]
-        if not clients:
+        groups = self._groups[request.group]
+        for clients in (self._of_client, groups):
+            del clients[request.client][request.number]
+            if not clients[request.client]:
+                del clients[request.client]
+        if not groups:
             del self._groups[request.group]
-        self._of_client[request.client] -= 1
-        if not self._of_client[request.client]:
-            del self._of_client[request.client]
+
+
+def _oldest(requests: OrderedDict[int, Request]) -> Request:
+    return next(iter(requests.values()))

@@ -4,6 +4,10 @@ The thread chooses its next batch itself, at the moment when it is free, so that
 late as they can; a lock guards the queue, which Trio's thread fills. Measured here, that takes
 45 us there and back, `trio.to_thread.run_sync` once a batch 75 us.
 
+Batches of experts that can be computed side by side run as one, a wave. What is said of a batch
+here holds for a wave, but that it is nobody's fault when one is late: its experts come back when
+it has ended.
+
 A batch that runs cannot be stopped. When all its callers have left, one spare thread goes on with
 the queue at once, and requests for its expert wait until the batch has ended. A batch that runs too
 long takes its expert out: its callers are told, the spare thread goes on, and the expert comes back
@@ -26,12 +30,14 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.errors import P2PMoEError, PeerBusy, RemoteError
+from p2pmoe.errors import ExpertPaused, P2PMoEError, PeerBusy, RemoteError
 from p2pmoe.experts.batching import Batching, BatchingParams, Waiting
 from p2pmoe.experts.busy import BusyShare
 
 STOP_LIMIT = 5.0  # seconds a thread has to finish its batch when the node closes; a guess
-PENALTY = 10.0  # an expert stays out for so many times what its batch took; a guess
+PENALTY = 2.0  # an expert stays out for so many times what its batch took; a guess
+PACE_WEIGHT = 0.125  # of the latest batch in what a request takes; RFC 6298, section 2
+SOON = 0.05  # seconds after which to ask a full queue again at the earliest; a guess
 
 Job = TypeVar("Job", bound=Waiting)
 Answer = TypeVar("Answer")
@@ -42,7 +48,7 @@ class ComputeParams:
     """How a device is run. Times in seconds."""
 
     batching: BatchingParams = BatchingParams()  # noqa: RUF009  frozen
-    batch_limit: float = 3.0  # after which a batch's expert is taken out; a guess
+    batch_limit: float = 10.0  # after which a batch's expert is taken out; a guess
     threaded: bool = True
 
 
@@ -55,6 +61,11 @@ class _Worker(Generic[Job]):
         self.started = math.inf  # when the batch was begun
         self.late = self.replaced = False
         self.stop = trio.CancelScope(shield=True)  # its deadline is set when the node closes
+
+    @property
+    def uids(self) -> set[str]:
+        """The experts that it runs."""
+        return {job.uid for job in self.batch}
 
     @property
     def deserted(self) -> bool:
@@ -80,12 +91,19 @@ class Compute(Generic[Job, Answer]):
         self._finished: deque[tuple[Job, Answer | P2PMoEError]] = deque()
         self._now: Callable[[], float] = trio.current_time
         self._busy = BusyShare(trio.current_time())
+        self.work = {"batches": 0, "computed_us": 0, "waited_us": 0}  # since it began
+        self._pace = 0.0  # seconds that one request takes of late
         self._wake = trio.Event()  # used without threads
         self._look = trio.Event()  # used with threads: one may need another in its place
 
     def __len__(self) -> int:
         """Requests that wait."""
         return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        return not len(self._queue) and not any(worker.batch for worker in self._workers)
 
     def load(self) -> tuple[int, int]:
         """Thousandths of its time that it computes, and how many more requests it would take."""
@@ -143,11 +161,21 @@ class Compute(Generic[Job, Answer]):
 
     # -------------------------------------------------------------- in Trio's thread
     def _why_not(self, job: Job, now: float) -> PeerBusy | None:
-        """Queue a request, or say why it cannot be."""
+        """Queue a request, or say why it cannot be, and until when."""
         if now < self._out.get(job.uid, -math.inf):
-            return PeerBusy(f"{job.uid} is taken out: a batch of it took too long")
+            return self._paused(job.uid, self._out[job.uid] - now)
         self._out.pop(job.uid, None)
-        return None if self._queue.add(job) else PeerBusy("too many requests wait here")
+        if self._queue.add(job):
+            return None
+        busy = PeerBusy("too many requests wait here")
+        busy.retry_after = max(SOON, self._pace * len(self._queue) / 2)
+        return busy
+
+    def _paused(self, uid: str, seconds: float) -> ExpertPaused:
+        """An expert is out for so long, or as long as its batch will still take."""
+        paused = ExpertPaused(f"{uid} is taken out: a batch of it takes too long")
+        paused.retry_after = self._params.batch_limit if math.isinf(seconds) else seconds
+        return paused
 
     def _drop(self, uid: str, error: P2PMoEError) -> None:
         for job in self._queue.waiting_for(uid):
@@ -199,16 +227,16 @@ class Compute(Generic[Job, Answer]):
 
     def _take_out(self, worker: _Worker[Job]) -> None:
         """Answer the callers of a batch that runs too long, and those that wait for its expert."""
-        uid = worker.batch[0].uid
         worker.late, worker.started = True, math.inf
-        self._out[uid] = math.inf
-        error = PeerBusy(f"{uid} is taken out: a batch of it takes too long")
-        self._finished.extend((job, error) for job in worker.batch)
-        self._drop(uid, error)
+        for uid in worker.uids:
+            self._out[uid] = math.inf
+            error = self._paused(uid, math.inf)
+            self._finished.extend((job, error) for job in worker.batch if job.uid == uid)
+            self._drop(uid, error)
         telemetry.emit(
             "expert.batch.late",
             level="warning",
-            expert=uid,
+            expert=", ".join(sorted(worker.uids)),
             limit_s=self._params.batch_limit,
             advice="lower --max-batch, or look into the expert's module",
         )
@@ -223,12 +251,13 @@ class Compute(Generic[Job, Answer]):
                     return
                 worker.batch, worker.awaited = batch, {job.number for job in batch}
                 worker.started = begun = self._now()
-            answers = self._answers(batch)
+            answers, uids = self._answers(batch), worker.uids
             with self._changed:
                 worker.batch, worker.started = [], math.inf
                 if worker.late:
                     now = self._now()
-                    self._out[batch[0].uid] = now + PENALTY * (now - begun)
+                    again = now + PENALTY * (now - begun) if len(uids) == 1 else now
+                    self._out |= dict.fromkeys(uids, again)
                 if worker.replaced:
                     self._changed.notify()  # the spare thread may run this expert now
                     return
@@ -239,11 +268,10 @@ class Compute(Generic[Job, Answer]):
                 return
 
     def _next(self) -> list[Job]:
-        """The next batch. Those past their deadline go without an answer: nobody waits for it."""
+        """The next wave. Those past their deadline go without an answer: nobody waits for it."""
         self._queue.tick(self._now())
-        return self._queue.next_batch(
-            {worker.batch[0].uid for worker in self._workers if worker.replaced and worker.batch}
-        )
+        replaced = (worker.batch for worker in self._workers if worker.replaced)
+        return self._queue.next_wave({job.uid for batch in replaced for job in batch})
 
     def _answers(self, batch: list[Job]) -> Sequence[Any]:
         begun = self._now()
@@ -254,4 +282,9 @@ class Compute(Generic[Job, Answer]):
             failed.__cause__ = error
             return [failed] * len(batch)
         finally:
-            self._busy.worked(begun, self._now())
+            ended = self._now()
+            self._busy.worked(begun, ended)
+            self.work["batches"] += 1
+            self.work["computed_us"] += int((ended - begun) * 1e6)
+            self.work["waited_us"] += int((begun - min(job.arrived for job in batch)) * 1e6)
+            self._pace += PACE_WEIGHT * ((ended - begun) / len(batch) - self._pace)

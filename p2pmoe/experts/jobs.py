@@ -1,27 +1,27 @@
 """One part of a call as a request in the queue, and what the compute thread makes of it.
 
-What stands here runs in a foreign thread: tensors are made of received bytes, an expert runs, and
-its answers become what can be sent.
+`execute` runs in a foreign thread: experts run, and their answers come to the CPU.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import trio
 
 from p2pmoe.errors import P2PMoEError
+from p2pmoe.experts import grouped
 from p2pmoe.experts.backend import Backend, Outcome, TrainParams, Update
 from p2pmoe.experts.batching import Kind, Waiting
 from p2pmoe.experts.blocks import initial_seed
+from p2pmoe.experts.grouped import Member
 from p2pmoe.experts.manifest import Offer
-from p2pmoe.experts.messages import BackwardPart, ForwardPart, TensorSpec
-from p2pmoe.experts.tensors import describe, from_wire, to_wire
-from p2pmoe.wire.tensor import TensorDescriptor
+from p2pmoe.experts.messages import TensorSpec
 
-Described = tuple[TensorDescriptor, ...]
-Part = ForwardPart | BackwardPart
+Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(slots=True)
@@ -45,89 +45,107 @@ class ServedExpert:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     backend: Backend
+    member: Member | None = None  # if it can be computed beside others
     figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What one part's computation came to, ready for the wire."""
+    """What one part's computation came to, on the CPU."""
 
-    tensors: Described
-    buffers: list[memoryview]
+    tensors: Tensors
     step: int
 
 
 Result = Done | P2PMoEError
 
 
+class Ready:
+    """The results of one call's parts, as they come."""
+
+    def __init__(self) -> None:
+        self._come: list[tuple[Job, Result]] = []
+        self._news = trio.lowlevel.ParkingLot()
+
+    def add(self, job: Job, result: Result) -> None:
+        """One more; nobody may be waiting for it."""
+        self._come.append((job, result))
+        self._news.unpark_all()
+
+    async def take(self) -> list[tuple[Job, Result]]:
+        """Wait for the next ones, and take all there are."""
+        if not self._come:
+            await self._news.park()
+        come, self._come = self._come, []
+        return come
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job(Waiting):
-    """A part in the queue. `views` are the bytes of its tensors, `replies` leads to its call."""
+    """A part in the queue: the call's part `index`, its rows of the call's tensors."""
 
     index: int
-    part: Part
     expert: ServedExpert
-    views: list[memoryview]
-    replies: trio.MemorySendChannel[tuple[Job, Result]]
-
-
-def kind_of(part: Part) -> Kind:
-    """What a part asks for."""
-    if isinstance(part, ForwardPart):
-        return Kind.FORWARD
-    return Kind.DRY_RUN if part.dry_run else Kind.BACKWARD
-
-
-def tensors_of(part: Part) -> tuple[Described, Described]:
-    """The inputs of a part, and its gradients."""
-    if isinstance(part, ForwardPart):
-        return part.tensors, ()
-    return part.inputs, part.grads
+    inputs: Tensors
+    grads: Tensors
+    update: bytes
+    ready: Ready
 
 
 def execute(batch: list[Job], now: float) -> list[Result]:
-    """Run jobs of one expert and kind together; one result each, in their order."""
+    """Run jobs of one kind, those of one expert side by side; one result each, in their order."""
+    outcomes = _beside(batch, now)
+    if outcomes is None:
+        experts = itertools.groupby(batch, key=lambda job: job.expert)
+        outcomes = [outcome for _, jobs in experts for outcome in _alone(list(jobs), now)]
+    return [_result(*pair) for pair in zip(batch, outcomes, strict=True)]
+
+
+def _beside(batch: list[Job], now: float) -> Sequence[Outcome] | None:
+    """What experts of one family come to when computed at once; nothing if that cannot be."""
+    members = [job.expert.member for job in batch]
+    together = [member for member in members if member is not None]
+    if len(together) < len(batch) or len(set(together)) == 1:
+        return None
+    try:
+        if batch[0].kind is Kind.FORWARD:
+            return grouped.forward(together, [job.inputs for job in batch])
+        return grouped.backward(together, [_update(job) for job in batch], now)
+    except RuntimeError:  # what torch raises: one by one, each request has an error of its own
+        return None
+
+
+def _alone(batch: list[Job], now: float) -> Sequence[Outcome]:
+    """What jobs of one expert come to."""
     backend = batch[0].expert.backend
-    received = [_received(job) for job in batch]
     if batch[0].kind is Kind.FORWARD:
-        outcomes = backend.forward([inputs for inputs, _ in received])
-    else:
-        updates = [
-            Update(inputs=inputs, grads=grads, key=_key(job))
-            for job, (inputs, grads) in zip(batch, received, strict=True)
-        ]
-        outcomes = backend.backward(updates, now)
-    return [_result(outcome, backend.step) for outcome in outcomes]
+        return backend.forward([job.inputs for job in batch])
+    return backend.backward([_update(job) for job in batch], now)
 
 
 def build(offer: Offer, uid: str, train: TrainParams, device: torch.device) -> ServedExpert:
     """An expert of an offer with the first weights that follow from its manifest and uid."""
     inputs, outputs = offer.expert_class.specs()
+    module = offer.expert_class.build(initial_seed(offer.digest, uid))
+    backend = Backend(module, train, device)
     return ServedExpert(
         uid=uid,
         grid=offer.digest,
         expert_class=offer.expert_class.name,
         inputs=inputs,
         outputs=outputs,
-        backend=Backend(offer.expert_class.build(initial_seed(offer.digest, uid)), train, device),
+        backend=backend,
+        member=grouped.member_of(backend),
     )
 
 
-def _received(job: Job) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    inputs, grads = tensors_of(job.part)
-    made = [from_wire(*pair) for pair in zip(inputs + grads, job.views, strict=True)]
-    return made[: len(inputs)], made[len(inputs) :]
+def _update(job: Job) -> Update:
+    """A dry run has nothing to be known again by."""
+    key = (job.client, job.update) if job.kind is Kind.BACKWARD else None
+    return Update(inputs=job.inputs, grads=job.grads, key=key)
 
 
-def _key(job: Job) -> object:
-    """By what an update is known again; a dry run by nothing."""
-    if isinstance(job.part, ForwardPart) or job.part.dry_run:
-        return None
-    return job.client, job.part.update
-
-
-def _result(outcome: Outcome, step: int) -> Result:
+def _result(job: Job, outcome: Outcome) -> Result:
     if isinstance(outcome, P2PMoEError):
         return outcome
-    described = tuple(describe(tensor) for tensor in outcome)
-    return Done(described, [to_wire(tensor) for tensor in outcome], step)
+    return Done(tuple(tensor.cpu() for tensor in outcome), job.expert.backend.step)

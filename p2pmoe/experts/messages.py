@@ -1,8 +1,8 @@
 """What is said between callers and experts: `expert.info`, `expert.forward`, `expert.backward`.
 
-A call is made of parts, one an expert. Its payload holds the tensors of all parts in order, laid
-out as `wire.tensor` says. The answer is one `PartReply` a part, each sent as soon as it is ready
-and in any order, with the tensors of that part as its payload: a part that fails harms no other.
+A call is made of parts, one an expert, and of tensors whose rows are those of its parts, in their
+order: whatever the parts share is said once. An answer says the same of the parts that were ready
+together. A part that fails harms no other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from p2pmoe.errors import SchemaMismatch, printable
+from p2pmoe.errors import MalformedMessage, SchemaMismatch, printable
 from p2pmoe.wire.schema import U32, U64, Bytes16, Message, Text24, Text64, Text256
 from p2pmoe.wire.tensor import MAX_DIMENSION, MAX_DIMENSIONS, TensorDescriptor
 
@@ -20,11 +20,12 @@ INFO = "expert.info"
 FORWARD = "expert.forward"
 BACKWARD = "expert.backward"
 
-MAX_PARTS = 64  # parts of one call; so many backward parts fit one header's 4,096 items
-MAX_TENSORS = 8  # tensors a part, inputs and gradients counted apart
+MAX_PARTS = 64  # parts of one call, or of one answer
+MAX_TENSORS = 8  # tensors of a call, inputs and gradients counted apart
 
 Tensors = Annotated[tuple[TensorDescriptor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_DIMENSION)]
+Rows = Size
 Sizes = Annotated[tuple[Size | None, ...], msgspec.Meta(max_length=MAX_DIMENSIONS - 1)]
 
 
@@ -82,55 +83,78 @@ class ExpertInfo(Message, frozen=True, kw_only=True):
 
 
 class InfoReply(Message, frozen=True, kw_only=True):
-    """Those of the experts asked for that this peer serves."""
+    """Those of the experts asked for that this peer serves.
+
+    `trainers` counts the other callers that brought it updates lately.
+    """
 
     experts: Annotated[tuple[ExpertInfo, ...], msgspec.Meta(max_length=MAX_PARTS)]
+    trainers: U32 = 0
 
 
-class ForwardPart(Message, frozen=True, kw_only=True):
+class ForwardPart(Message, frozen=True, kw_only=True, array_like=True):
     """Rows for one expert. `lease` is the number under which the caller knows its server."""
 
     uid: Text64
     lease: U64
-    tensors: Tensors
+    rows: Rows
 
 
 class ForwardRequest(Message, frozen=True, kw_only=True):
     """Compute outputs; nothing is kept for a backward pass."""
 
     parts: Annotated[tuple[ForwardPart, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTS)]
+    inputs: Tensors
 
 
-class BackwardPart(Message, frozen=True, kw_only=True):
+class BackwardPart(Message, frozen=True, kw_only=True, array_like=True):
     """The same rows again, and the gradients of the expert's outputs.
 
     `update` is unique among the caller's updates: u64be epoch, then u64be counter. The server
-    applies each at most once. A `dry_run` is answered with gradients and changes nothing.
+    applies each at most once.
     """
 
     uid: Text64
     lease: U64
+    rows: Rows
     update: Bytes16
+
+
+class BackwardRequest(Message, frozen=True, kw_only=True):
+    """Compute input gradients, and update the experts; a `dry_run` changes nothing."""
+
+    parts: Annotated[tuple[BackwardPart, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTS)]
     inputs: Tensors
     grads: Tensors
     dry_run: bool = False
 
 
-class BackwardRequest(Message, frozen=True, kw_only=True):
-    """Compute input gradients, and update the experts."""
+class PartReply(Message, frozen=True, kw_only=True, array_like=True):
+    """What became of the part at `index`. `code` is empty, or names the error of `detail`.
 
-    parts: Annotated[tuple[BackwardPart, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTS)]
-
-
-class PartReply(Message, frozen=True, kw_only=True):
-    """The answer to the part at `index`. `code` is empty, or names the error of `detail`.
-
-    `step` counts the updates applied to the expert. For backward, `tensors` are the gradients of
-    the inputs that have one, in order.
+    `step` counts the updates applied to the expert.
     """
 
     index: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PARTS)]
-    code: Text24 = ""
-    detail: Text256 = ""
+    step: U64
+    code: Text24
+    detail: Text256
+
+
+class Answer(Message, frozen=True, kw_only=True):
+    """Parts that are ready, each answered once. `tensors` have the rows of those without a code.
+
+    For backward, they are the gradients of the inputs that have one, in order. Where parts are
+    busy or paused, `retry_after_ms` says how long to leave those alone; 0 says nothing.
+    """
+
+    parts: Annotated[tuple[PartReply, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTS)]
     tensors: Tensors = ()
-    step: U64 = 0
+    retry_after_ms: U32 = 0
+
+
+def check_rows(parts: Sequence[ForwardPart | BackwardPart], tensors: Tensors) -> None:
+    """Refuse a call whose tensors do not have the rows of its parts: `expert.rows`."""
+    rows = sum(part.rows for part in parts)
+    if any(tensor.shape[:1] != (rows,) for tensor in tensors):
+        raise MalformedMessage("expert.rows", f"the parts have {rows} rows")

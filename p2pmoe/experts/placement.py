@@ -2,8 +2,10 @@
 
 Servers that start at once must not all ask for the same cell: each ranks the cells by
 SHA-256(uid, own id), an order of its own, and claims the best that it does not know to be taken.
-A refusal names the cell's owner and is final until that cell is heard to be free again; a claim
-that no quorum answered is tried again after a pause, longer each time and with jitter.
+Cells that it is told to prefer come before all others: those that it served before, then those that
+anybody did. A refusal names the cell's owner and is final until that cell is heard to be free
+again; a claim that no quorum answered is tried again after a pause, longer each time and with
+jitter.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from p2pmoe.experts.uid import ExpertUid, Grid
+
+OWN, ORPHAN, LAST = 0, 1, 2  # levels: served here before, by anybody before, by nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +48,14 @@ class Placement:
         self._me, self._rng, self._params = me, rng, params
         named = tuple(only)
         cells = named or _some_cells(grid, params.considered, rng)
+        self._grid, self._named = grid, bool(named)
         self._ranked = sorted(cells, key=self._rank)
+        self._levels: dict[ExpertUid, int] = {}  # of what is preferred; lower comes first
         self._count = len(named) or count
         self._held: set[ExpertUid] = set()
         self._taken: set[ExpertUid] = set()
         self._asked: set[ExpertUid] = set()
+        self._promised: set[ExpertUid] = set()  # handed over, and not asked for yet
         self._attempts = 0  # failures since the last verdict
         self._pause_until = -math.inf
 
@@ -61,6 +69,16 @@ class Placement:
         """Whether enough cells are held, or none is free; a loss or a vacancy undoes it."""
         return not self._asked and (len(self._held) >= self._count or not self._free())
 
+    @property
+    def missing(self) -> int:
+        """How many more cells are wanted, those asked for at present included."""
+        return max(0, self._count - len(self._held))
+
+    @property
+    def free(self) -> list[ExpertUid]:
+        """The cells that are not known to be taken, in the order in which they would be claimed."""
+        return self._free()
+
     def wanted(self, now: float) -> list[ExpertUid]:
         """The cells to claim now. Each must end in `told`, `refused`, `failed` or `given_up`."""
         if now < self._pause_until:
@@ -69,6 +87,7 @@ class Placement:
         room = min(missing, self._params.parallel - len(self._asked))
         chosen = self._free()[: max(0, room)]
         self._asked.update(chosen)
+        self._promised.difference_update(chosen)
         return chosen
 
     def told(self, granted: ExpertUid) -> None:
@@ -104,6 +123,29 @@ class Placement:
     def seen(self, taken: Iterable[ExpertUid]) -> None:
         """What others hold at present, as a reading of the grid says; all else may be free."""
         self._taken = set(taken) - self._held
+        self._promised -= self._taken
+
+    def prefer(self, uids: Iterable[ExpertUid], level: int) -> None:
+        """Claim these first, as far as they are cells that may be claimed: level 0 before 1."""
+        known = set(self._ranked)
+        for uid in uids:
+            if uid not in known:
+                if self._named or uid not in self._grid:
+                    continue
+                insort(self._ranked, uid, key=self._rank)
+            self._levels[uid] = min(level, self._levels.get(uid, level))
+
+    def take(self, uid: ExpertUid) -> bool:
+        """Whether a cell that its owner hands over is wanted; then it is claimed first."""
+        mine = self._held | self._asked | self._promised
+        if uid in mine or len(mine) >= self._count:
+            return False
+        self.prefer([uid], OWN)
+        if uid not in self._ranked:
+            return False
+        self._taken.discard(uid)
+        self._promised.add(uid)
+        return True
 
     def next_deadline(self) -> float:
         """When `wanted` is worth asking again, if nothing else happens before."""
@@ -111,7 +153,10 @@ class Placement:
 
     def _free(self) -> list[ExpertUid]:
         unfree = self._taken | self._asked | self._held
-        return [uid for uid in self._ranked if uid not in unfree]
+        free = [uid for uid in self._ranked if uid not in unfree]
+        if self._levels:
+            free.sort(key=lambda uid: self._levels.get(uid, LAST))
+        return free
 
     def _rank(self, uid: ExpertUid) -> bytes:
         return hashlib.sha256(str(uid).encode() + self._me).digest()

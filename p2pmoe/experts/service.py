@@ -8,8 +8,8 @@ is taken from the queue; if its batch runs already, the result is dropped. Both 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -23,42 +23,38 @@ from p2pmoe.errors import (
     LeaseLost,
     P2PMoEError,
     SchemaMismatch,
-    printable,
 )
+from p2pmoe.experts.accounts import AccountParams, Accounts
+from p2pmoe.experts.answering import answers, failures
 from p2pmoe.experts.backend import TrainParams
+from p2pmoe.experts.batching import Kind
 from p2pmoe.experts.compute import Compute, ComputeParams
+from p2pmoe.experts.intake import Intake, Part, Request
 from p2pmoe.experts.jobs import (
-    Described,
     Done,
     Job,
-    Part,
     Result,
     ServedExpert,
     build,
     execute,
-    kind_of,
-    tensors_of,
 )
 from p2pmoe.experts.manifest import Offer
 from p2pmoe.experts.messages import (
     BACKWARD,
     FORWARD,
     INFO,
-    BackwardPart,
     BackwardRequest,
     ExpertInfo,
     ForwardRequest,
     InfoReply,
     InfoRequest,
-    PartReply,
-    fitting_rows,
 )
 from p2pmoe.experts.tensors import find_device
+from p2pmoe.identity import PeerId
 from p2pmoe.net.connection import Handler, IncomingCall
 from p2pmoe.wire import schema
-from p2pmoe.wire.tensor import join, split
 
-DETAIL_LENGTH = 256  # characters of an error's text that travel
+MOST_CLIENTS = 16  # that a status tells of; a guess
 
 
 class LeaseBook(Protocol):
@@ -76,6 +72,7 @@ class ServeParams:
     device: str = "cpu"
     compute: ComputeParams = ComputeParams()  # noqa: RUF009  frozen
     train: TrainParams = TrainParams()  # noqa: RUF009  frozen
+    accounts: AccountParams = AccountParams()  # noqa: RUF009  frozen
 
 
 class ExpertService:
@@ -88,9 +85,10 @@ class ExpertService:
         self.device = find_device(params.device)
         self.experts: dict[str, ServedExpert] = {}
         self._leases = leases
+        self._accounts = Accounts(params.accounts)
         self._numbers = itertools.count()
         self._builders = trio.CapacityLimiter(1)  # one at a time: they share torch's generator
-        self._compute: Compute[Job, Done] = Compute(execute, self._deliver, params.compute)
+        self._compute: Compute[Job, Done] = Compute(execute, _deliver, params.compute)
         handlers[INFO] = self._answer_info
         handlers[FORWARD] = self._answer_forward
         handlers[BACKWARD] = self._answer_backward
@@ -99,13 +97,16 @@ class ExpertService:
         """Compute until cancelled."""
         await self._compute.run(task_status=task_status)
 
+    async def make(self, offer: Offer, uid: str) -> ServedExpert:
+        """An expert with its first weights; it is not served before it is added."""
+        make = partial(build, offer, uid, self.params.train, self.device)
+        if not self.params.compute.threaded:
+            return make()
+        return await trio.to_thread.run_sync(make, limiter=self._builders)
+
     async def build(self, offer: Offer, uid: str) -> None:
         """Make an expert with its first weights and serve it, whenever its lease is held."""
-        make = partial(build, offer, uid, self.params.train, self.device)
-        threaded = self.params.compute.threaded
-        self.add(
-            await trio.to_thread.run_sync(make, limiter=self._builders) if threaded else make()
-        )
+        self.add(await self.make(offer, uid))
 
     def add(self, expert: ServedExpert) -> None:
         """Serve an expert; `ConfigurationError` when another grid has one of this name."""
@@ -118,6 +119,11 @@ class ExpertService:
         self._compute.refuse(uid, LeaseLost(f"{uid} is served elsewhere now"))
         self.experts.pop(uid, None)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        return self._compute.idle
+
     def load(self) -> tuple[int, int]:
         """How busy the device is in thousandths, and how many more requests it would take."""
         return self._compute.load()
@@ -125,6 +131,17 @@ class ExpertService:
     def section(self) -> Mapping[str, Mapping[str, int | str]]:
         """The figures of each expert, for the node's status."""
         return {uid: self._row(expert) for uid, expert in sorted(self.experts.items())}
+
+    def work(self) -> Mapping[str, Mapping[str, int]]:
+        """How long the device computed, and work waited for it, for the node's status."""
+        return {self.params.device: dict(self._compute.work)}
+
+    def clients(self) -> Mapping[str, Mapping[str, int | str]]:
+        """What became of the parts of those who ask for most, for the node's status."""
+        return {
+            str(client): {"rows": account.rows, **account.parts}
+            for client, account in self._accounts.busiest(MOST_CLIENTS)
+        }
 
     def _row(self, expert: ServedExpert) -> dict[str, int | str]:
         figures = expert.figures
@@ -159,43 +176,66 @@ class ExpertService:
             )
             for expert, lease in held
         ]
-        await call.send(schema.encode(InfoReply(experts=tuple(infos))))
+        trainers = self._accounts.teachers(call.peer, trio.current_time())
+        reply = InfoReply(experts=tuple(infos), trainers=trainers)
+        await call.send(schema.encode(reply))
 
     async def _answer_forward(self, call: IncomingCall) -> None:
-        request = schema.decode(call.body, ForwardRequest)
-        await self._answer(call, request.parts, [part.tensors for part in request.parts])
+        await self._answer(call, schema.decode(call.body, ForwardRequest))
 
     async def _answer_backward(self, call: IncomingCall) -> None:
-        request = schema.decode(call.body, BackwardRequest)
-        await self._answer(
-            call, request.parts, [part.inputs + part.grads for part in request.parts]
-        )
+        await self._answer(call, schema.decode(call.body, BackwardRequest))
 
-    async def _answer(
-        self,
-        call: IncomingCall,
-        parts: Sequence[Part],
-        described: Sequence[Described],
-    ) -> None:
-        """Queue every part that may be computed; answer each as soon as it is known."""
-        views = iter(split(call.payload, list(itertools.chain.from_iterable(described))))
-        send, receive = trio.open_memory_channel[tuple[Job, Result]](len(parts))
-        jobs: list[Job] = []
-        refused: list[PartReply] = []
-        for index, part in enumerate(parts):
-            mine = list(itertools.islice(views, len(described[index])))
+    async def _answer(self, call: IncomingCall, request: Request) -> None:
+        """Queue every part that may be computed; answer those that are known, again and again."""
+        intake = Intake(call, request)
+        if intake.kind is Kind.BACKWARD:
+            self._accounts.admit_updates(call.peer, len(intake.parts), trio.current_time())
+        jobs, refused = [], []
+        for index, part in enumerate(intake.parts):
             try:
-                jobs.append(self._job(call, index, part, mine, send))
+                jobs.append(self._job(intake, index, part))
             except P2PMoEError as error:
-                refused.append(_failure(index, error))
-                _count(part, error)
-        with send, receive, self._queued(jobs) as outstanding:
-            for reply in refused:
-                await call.send(schema.encode(reply))
+                refused.append((index, error))
+                self._count(call.peer, intake.kind, error, part.rows)
+        with self._queued(jobs) as outstanding:
+            if refused:
+                await call.send(failures(refused))
             while outstanding:
-                job, result = await receive.receive()
-                outstanding.discard(job.number)
-                await self._reply(call, job, result)
+                come = await intake.ready.take()
+                for job, result in come:
+                    _note(job, result, trio.current_time())
+                    self._count(call.peer, job.kind, result, job.rows)
+                for body, payload in answers(come):
+                    await call.send(body, payload)
+                outstanding.difference_update([job.number for job, _ in come])
+
+    def _job(self, intake: Intake, index: int, part: Part) -> Job:
+        """A part as a request for the queue, once everything that it says was checked."""
+        expert = self._expert_for(part)
+        intake.check(expert)
+        most = self.params.compute.batching.max_batch
+        if part.rows > most:
+            raise SchemaMismatch(f"{part.rows} rows: this server takes {most} at once, split them")
+        return intake.job(next(self._numbers), index, expert)
+
+    def _expert_for(self, part: Part) -> ServedExpert:
+        """The expert that a part is for, if this server holds it under the number named."""
+        expert = self.experts.get(part.uid)
+        if expert is None:
+            raise ExpertUnavailable(f"this peer does not serve {part.uid}")
+        held = self._lease(expert)
+        if held is None:
+            raise LeaseLost(f"this peer does not hold {part.uid} at present")
+        if held != part.lease:
+            raise LeaseLost(f"the lease of {part.uid} has number {held}, not {part.lease}")
+        return expert
+
+    def _count(self, client: PeerId, kind: Kind, result: Result, rows: int) -> None:
+        """A part of this client's has its answer."""
+        code, done = (result.code, 0) if isinstance(result, P2PMoEError) else ("ok", rows)
+        self._accounts.answered(client, code, done, trio.current_time())
+        telemetry.count("p2pmoe_parts_total", 1, op=kind.value, result=code)
 
     @contextmanager
     def _queued(self, jobs: list[Job]) -> Iterator[set[int]]:
@@ -213,87 +253,19 @@ class ExpertService:
                 for job in jobs:
                     job.expert.figures.dropped += job.number in outstanding
 
-    async def _reply(self, call: IncomingCall, job: Job, result: Result) -> None:
-        figures = job.expert.figures
-        figures.calls += 1
-        figures.took += trio.current_time() - job.arrived
-        _count(job.part, result)
-        if isinstance(result, P2PMoEError):
-            figures.failed += 1
-            if result.__cause__ is not None:  # the expert's own failure: its operator should know
-                telemetry.emit(
-                    "expert.failed", level="warning", expert=job.uid, error=result.__cause__
-                )
-            await call.send(schema.encode(_failure(job.index, result)))
-        else:
-            figures.rows += job.rows
-            reply = PartReply(index=job.index, tensors=result.tensors, step=result.step)
-            await call.send(schema.encode(reply), join(result.tensors, result.buffers))
 
-    @staticmethod
-    def _deliver(job: Job, result: Result) -> None:
-        """Called for each job that ran; by then nobody may be waiting for it."""
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            job.replies.send_nowait((job, result))
-
-    def _job(
-        self,
-        call: IncomingCall,
-        index: int,
-        part: Part,
-        views: list[memoryview],
-        replies: trio.MemorySendChannel[tuple[Job, Result]],
-    ) -> Job:
-        """A part as a request for the queue, once everything that it says was checked."""
-        expert = self._expert_for(part)
-        inputs, grads = tensors_of(part)
-        return Job(
-            number=next(self._numbers),
-            uid=part.uid,
-            kind=kind_of(part),
-            schema=tuple((tensor.dtype, tensor.shape[1:]) for tensor in inputs + grads),
-            rows=self._checked_rows(expert, part),
-            client=call.peer,
-            arrived=trio.current_time(),
-            deadline=trio.current_effective_deadline(),
-            index=index,
-            part=part,
-            expert=expert,
-            views=views,
-            replies=replies,
-        )
-
-    def _expert_for(self, part: Part) -> ServedExpert:
-        """The expert that a part is for, if this server holds it under the number named."""
-        expert = self.experts.get(part.uid)
-        if expert is None:
-            raise ExpertUnavailable(f"this peer does not serve {part.uid}")
-        held = self._lease(expert)
-        if held is None:
-            raise LeaseLost(f"this peer does not hold {part.uid} at present")
-        if held != part.lease:
-            raise LeaseLost(f"the lease of {part.uid} has number {held}, not {part.lease}")
-        return expert
-
-    def _checked_rows(self, expert: ServedExpert, part: Part) -> int:
-        """How many rows a part has, once its tensors fit the expert."""
-        inputs, grads = tensors_of(part)
-        rows = fitting_rows(expert.inputs, inputs, "inputs")
-        if isinstance(part, BackwardPart) and rows != fitting_rows(
-            expert.outputs, grads, "gradients"
-        ):
-            raise SchemaMismatch("inputs and gradients have different numbers of rows")
-        most = self.params.compute.batching.max_batch
-        if rows > most:
-            raise SchemaMismatch(f"{rows} rows: this server takes {most} at once, split them")
-        return rows
+def _deliver(job: Job, result: Result) -> None:
+    job.ready.add(job, result)
 
 
-def _failure(index: int, error: P2PMoEError) -> PartReply:
-    detail = printable(str(error), DETAIL_LENGTH)
-    return PartReply(index=index, code=error.code, detail=detail)
-
-
-def _count(part: Part, result: Result) -> None:
-    code = result.code if isinstance(result, P2PMoEError) else "ok"
-    telemetry.count("p2pmoe_parts_total", 1, op=kind_of(part).value, result=code)
+def _note(job: Job, result: Result, now: float) -> None:
+    """Remember what became of a part."""
+    figures = job.expert.figures
+    figures.calls += 1
+    figures.took += now - job.arrived
+    if not isinstance(result, P2PMoEError):
+        figures.rows += job.rows
+        return
+    figures.failed += 1
+    if result.__cause__ is not None:  # the expert's own failure: its operator should know
+        telemetry.emit("expert.failed", level="warning", expert=job.uid, error=result.__cause__)

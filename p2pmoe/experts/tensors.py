@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from p2pmoe.errors import ConfigurationError, SchemaMismatch
-from p2pmoe.wire.tensor import DTYPES, TensorDescriptor
+from p2pmoe.wire.tensor import DTYPES, TensorDescriptor, layout
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("tensors travel little-endian, and so must this machine")
@@ -63,6 +64,49 @@ def to_wire(tensor: torch.Tensor) -> memoryview:
     if flat.dtype is torch.bfloat16:  # numpy does not know it
         flat = flat.view(torch.int16)
     return flat.numpy().data.cast("B")
+
+
+def rows_to_wire(
+    columns: Sequence[Sequence[torch.Tensor]],
+) -> tuple[tuple[TensorDescriptor, ...], list[memoryview]]:
+    """What the wire says of each column, its pieces' rows behind each other, and the payload.
+
+    Pieces that lie behind each other in memory are sent as one. They may differ in rows alone.
+    """
+    described = tuple(map(_describe_rows, columns))
+    payload: list[memoryview] = []
+    end = 0
+    for at, descriptor, pieces in zip(layout(described).offsets, described, columns, strict=True):
+        if at > end:
+            payload.append(memoryview(bytes(at - end)))
+        payload += map(to_wire, _joined(pieces))
+        end = at + descriptor.nbytes
+    return described, payload
+
+
+def _describe_rows(pieces: Sequence[torch.Tensor]) -> TensorDescriptor:
+    rows = sum(piece.shape[0] for piece in pieces)
+    return TensorDescriptor(dtype=dtype_name(pieces[0].dtype), shape=(rows, *pieces[0].shape[1:]))
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The same rows as one view, if they are rows of one tensor, side by side."""
+    first, end = pieces[0], pieces[0].data_ptr()
+    owner = first._base
+    for piece in pieces:
+        if piece._base is not owner or piece.data_ptr() != end or not piece.is_contiguous():
+            return pieces
+        end += piece.nbytes
+    if owner is None:
+        return pieces
+    rows = sum(piece.shape[0] for piece in pieces)
+    return [first.as_strided((rows, *first.shape[1:]), first.stride())]
+
+
+def together(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all pieces behind each other; a view where they lie so already."""
+    joined = _joined(pieces)
+    return joined[0] if len(joined) == 1 else torch.cat(tuple(joined))
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from p2pmoe.experts.messages import MAX_PARTS
+from p2pmoe.experts.tensors import together
 from p2pmoe.identity import PeerId
 from p2pmoe.moe.calls import Ask
 from p2pmoe.wire.tensor import MAX_TENSOR_BYTES
@@ -56,7 +57,7 @@ class Plan:
     def scatter(self, answers: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """The pairs [T, K, ...] from answers by the part's index; zeros where there is none."""
         order = sorted(answers)
-        answer = torch.cat([answers[index] for index in order])
+        answer = together([answers[index] for index in order])
         pairs = answer.new_zeros(self.shape[0] * self.shape[1], *answer.shape[1:])
         pairs.index_copy_(0, self._places(order), answer)
         return pairs.view(*self.shape, *answer.shape[1:])
@@ -95,10 +96,11 @@ def group(asks: Mapping[int, Ask]) -> list[tuple[PeerId, tuple[int, ...]]]:
     calls: list[tuple[PeerId, list[int]]] = []
     size = 0
     for index, ask in asks.items():
-        full = not calls or len(calls[-1][1]) == MAX_PARTS or size + ask.nbytes > MAX_TENSOR_BYTES
+        needed = ask.nbytes
+        full = not calls or len(calls[-1][1]) == MAX_PARTS or size + needed > MAX_TENSOR_BYTES
         if full or calls[-1][0] != ask.peer:
             calls.append((ask.peer, []))
             size = 0
         calls[-1][1].append(index)
-        size += ask.nbytes
+        size += needed
     return [(peer, tuple(indices)) for peer, indices in calls]

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, Unpack, overload
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -31,69 +29,16 @@ from p2pmoe.errors import (
 from p2pmoe.experts.messages import BACKWARD, FORWARD, TensorSpec
 from p2pmoe.experts.tensors import TORCH_DTYPES, all_finite
 from p2pmoe.experts.uid import Grid
-from p2pmoe.moe.calls import Ask, Crossing, Outcome, Tensors, spec_of
-from p2pmoe.moe.dispatch import Part, Plan, plan
+from p2pmoe.moe.calls import Crossing, Outcome
 from p2pmoe.moe.gating import Gate, balancing_loss, cell_scores, survivor_weights
+from p2pmoe.moe.hedging import HedgeBudget
 from p2pmoe.moe.link import Link, open_link
-from p2pmoe.moe.quorum import QuorumParams, Waits
+from p2pmoe.moe.params import MixtureParams, Options
+from p2pmoe.moe.quorum import Waits
 from p2pmoe.moe.remote import travel
-from p2pmoe.moe.select import View, select
-from p2pmoe.swarm import TIMEOUT, Swarm
-
-GRACE = 0.5  # seconds for the rest, once every row has `k_min` answers; a guess
-
-OnMissing = Literal["zero", "skip", "raise"]
-
-
-class Options(TypedDict, total=False):
-    """What `MixtureParams` has, as keyword arguments."""
-
-    k_best: int
-    k_min: int
-    grace: float
-    patience: float | None
-    timeout: float
-    on_missing: OnMissing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MixtureParams:
-    """How a layer asks its experts. Times in seconds.
-
-    `k_best` experts are asked for each row. Once every row has `k_min` answers the others have
-    `grace` to arrive. Rows that do not have them when `patience` is over (by default, the median
-    wait of this layer's batches and `grace`) follow `on_missing`: they become zero, are passed on
-    as they are ("skip"), or raise `QuorumNotReached`. No pass takes longer than `timeout`.
-    """
-
-    k_best: int = 4
-    k_min: int = 1
-    grace: float = GRACE
-    patience: float | None = None
-    timeout: float = TIMEOUT
-    on_missing: OnMissing = "zero"
-
-    def check(self) -> MixtureParams:
-        """Itself, if it makes sense; else `ConfigurationError`."""
-        if not 1 <= self.k_min <= self.k_best:
-            raise ConfigurationError(f"k_min {self.k_min} is not from 1 to k_best {self.k_best}")
-        for name in ("grace", "patience", "timeout"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigurationError(f"{name} {value} is below 0 seconds")
-        if self.on_missing not in {"zero", "skip", "raise"}:
-            raise ConfigurationError(f"on_missing {self.on_missing!r} is not zero, skip or raise")
-        return self
-
-    def forward_wait(self, median: float, left: float) -> QuorumParams:
-        """How long to wait, where late batches took `median` seconds and `left` are left."""
-        patience = median + self.grace if self.patience is None else self.patience
-        return QuorumParams(self.k_min, self.grace, patience, left)
-
-    def backward_wait(self, median: float) -> QuorumParams:
-        """The same for backward, which waits for everybody who answered."""
-        forward = self.forward_wait(median, self.timeout)
-        return QuorumParams(1, 0.0, max(self.grace, forward.patience), self.timeout)
+from p2pmoe.moe.select import select
+from p2pmoe.moe.trip import BatchTrip
+from p2pmoe.swarm import Swarm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,9 +47,11 @@ class MixtureInfo:
 
     `uids` are the experts that could be asked, `chosen_TK` indices of them, best first, and
     `answered_TK` says whose answers were used. `misses` counts parts without an answer by the
-    code of their error, `seconds` is how long the experts were waited for. `balancing_loss` is 1
-    where the coordinates of the grid are used evenly, and more where not; add it, times a small
-    number, to the loss.
+    code of their error, `seconds` is how long the experts were waited for, `hedged` counts parts
+    that were asked because another was late or had failed: then there is a column more, with the
+    next best expert of those rows and -1 for the others. `balancing_loss` is 1 where the
+    coordinates of the grid are used evenly, and more where not; add it, times a small number, to
+    the loss.
     """
 
     uids: tuple[str, ...]
@@ -112,70 +59,13 @@ class MixtureInfo:
     answered_TK: torch.Tensor
     misses: dict[str, int]
     seconds: float
+    hedged: int
     balancing_loss: torch.Tensor
 
     @property
     def experts_per_row(self) -> float:
         """How many experts answered a row, in the mean."""
         return float(self.answered_TK.sum()) / len(self.answered_TK)
-
-
-class _BatchTrip:
-    """One batch's way to the experts of a view and back. `left` seconds are left for forward."""
-
-    def __init__(self, layer: DMoE, view: View, made: Plan, left: float) -> None:
-        self._layer, self._view, self._plan, self._left = layer, view, made, left
-        self.outcome = Outcome()
-
-    def answered(self) -> torch.Tensor:
-        """Whose answers came, [T, K]."""
-        return self._plan.answered(self.outcome.answers)
-
-    def forward(self, inputs: Tensors) -> Tensors:
-        """What the experts answer, [T, K, ...]; zeros where one does not."""
-        x_T, parts = inputs[0], dict(enumerate(self._plan.parts))
-        asks = self._asks(parts, self._plan.gather_rows(x_T))
-        rows_N = self._plan.rows_N.numpy()
-        rows_of = {index: rows_N[part.start : part.stop] for index, part in parts.items()}
-        wait = self._layer.params.forward_wait(self._layer.waits[FORWARD].median, self._left)
-        self.outcome = self._layer.cross(Crossing(FORWARD, asks, rows_of, len(x_T), wait))
-        return (self._scattered(self.outcome, x_T),)
-
-    def backward(self, inputs: Tensors, grads: Tensors) -> Sequence[torch.Tensor | None]:
-        """Bring the gradients to the experts that answered; what they return, summed by row."""
-        x_N, grad_N = self._plan.gather_rows(inputs[0]), self._plan.gather_pairs(grads[0])
-        parts = {index: self._plan.parts[index] for index in sorted(self.outcome.answers)}
-        if not all_finite(grad_N):
-            parts = {i: one for i, one in parts.items() if all_finite(grad_N[one.start : one.stop])}
-        asks = self._asks(parts, x_N, grad_N)
-        rows_of = {index: np.array([row]) for row, index in enumerate(asks)}
-        wait = self._layer.params.backward_wait(self._layer.waits[BACKWARD].median)
-        outcome = self._layer.cross(Crossing(BACKWARD, asks, rows_of, len(asks), wait))
-        return (self._scattered(outcome, inputs[0]).sum(dim=1),)
-
-    def _asks(
-        self, parts: dict[int, Part], x_N: torch.Tensor, grad_N: torch.Tensor | None = None
-    ) -> dict[int, Ask]:
-        """The rows of each part for its expert; with gradients, they are updates."""
-        view, layer, specs, asks = self._view, self._layer, (spec_of(x_N),), {}
-        for index, part in parts.items():
-            rows = slice(part.start, part.stop)
-            asks[index] = Ask(
-                view.peers[part.cell],
-                view.uids[part.cell],
-                view.leases[part.cell],
-                (x_N[rows],),
-                specs,
-                () if grad_N is None else (grad_N[rows],),
-                b"" if grad_N is None else layer.link.next_update(),
-                not layer.training,
-            )
-        return asks
-
-    def _scattered(self, outcome: Outcome, like_T: torch.Tensor) -> torch.Tensor:
-        if outcome.answers:
-            return self._plan.scatter({i: one[0] for i, one in outcome.answers.items()})
-        return like_T.new_zeros(*self._plan.shape, *like_T.shape[1:])
 
 
 class DMoE(nn.Module):
@@ -203,6 +93,7 @@ class DMoE(nn.Module):
         self._row = _row_of(self.link, in_features)
         self.in_features = in_features
         self.waits = {FORWARD: Waits(), BACKWARD: Waits()}
+        self.hedges = HedgeBudget(self.params.hedge)
         self.gate = Gate(in_features, self.link.grid.cells)
 
     def extra_repr(self) -> str:
@@ -230,11 +121,13 @@ class DMoE(nn.Module):
         view = self.link.search(scores, self.params.k_best, self.params.timeout)
         coordinates_CI = view.coordinates_CI.to(x.device)
         doubted_C = view.doubted_C.to(x.device)
-        chosen_TK = select(scores, coordinates_CI, self.params.k_best, doubted_C)
+        one_more = self.params.k_best + 1  # to ask where another is late
+        ranked_TK = select(scores, coordinates_CI, one_more, doubted_C)
+        asked_TK = ranked_TK[:, : self.params.k_best]
         left = self.params.timeout - (time.monotonic() - began)
-        trip = _BatchTrip(self, view, plan(chosen_TK.cpu(), view.most_rows), left)
+        trip = BatchTrip(self, view, ranked_TK.cpu(), left)
         (replies_TK,) = travel(trip, x_T.to("cpu", TORCH_DTYPES[self._row.dtype]))
-        answered_TK = trip.answered().to(x.device)
+        chosen_TK, answered_TK = trip.chosen_TK.to(x.device), trip.answered_TK.to(x.device)
         served_T = answered_TK.sum(dim=1) >= self.params.k_min
         answered_TK &= served_T[:, None]
         scores_TK = cell_scores(scores, coordinates_CI[chosen_TK])
@@ -249,7 +142,8 @@ class DMoE(nn.Module):
             answered_TK=answered_TK,
             misses=dict(Counter(error.code for error in trip.outcome.errors.values())),
             seconds=trip.outcome.seconds,
-            balancing_loss=balancing_loss(scores, coordinates_CI[chosen_TK], coordinates_CI),
+            hedged=trip.outcome.hedged,
+            balancing_loss=balancing_loss(scores, coordinates_CI[asked_TK], coordinates_CI),
         )
 
     def cross(self, crossing: Crossing) -> Outcome:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,13 +36,11 @@ class Quorum:
     def __init__(
         self, rows_of: Mapping[int, NDArray[np.int64]], rows: int, params: QuorumParams, now: float
     ) -> None:
-        self._rows_of = rows_of
+        self._rows_of = dict(rows_of)
         self._params = params
         self._started = now
         self._answers = np.zeros(rows, dtype=np.int64)
-        self._awaited = np.zeros(rows, dtype=np.int64)
-        for part in rows_of.values():
-            self._awaited[part] += 1
+        self._awaited = self._count(rows_of)
         self._settled_at = now if self._settled else math.inf
         self._last_answer = -math.inf
 
@@ -55,17 +53,29 @@ class Quorum:
         """Which rows have their `k_min` answers."""
         return self._answers >= self._params.k_min
 
-    def answered(self, part: int, now: float) -> None:
-        """An answer came that can be used."""
-        self._answers[self._rows_of[part]] += 1
-        self._last_answer = now if self._settled_at == math.inf else self._last_answer
-        self.failed(part, now)
+    def asked(self, rows_of: Mapping[int, NDArray[np.int64]]) -> None:
+        """More parts are asked, for rows of this batch."""
+        self._rows_of |= rows_of
+        self._awaited += self._count(rows_of)
 
-    def failed(self, part: int, now: float) -> None:
-        """No answer will come for this part."""
-        self._awaited[self._rows_of[part]] -= 1
+    def answered(self, parts: Iterable[int], now: float) -> None:
+        """Answers came that can be used."""
+        parts = list(parts)
+        self._answers += self._count(parts)
+        self._last_answer = now if self._settled_at == math.inf else self._last_answer
+        self.failed(parts, now)
+
+    def failed(self, parts: Iterable[int], now: float) -> None:
+        """No answer will come for these parts."""
+        self._awaited -= self._count(parts)
         if self._settled_at == math.inf and self._settled:
             self._settled_at = now
+
+    def _count(self, parts: Iterable[int]) -> NDArray[np.int64]:
+        """How many of these parts each row is in."""
+        rows = [self._rows_of[part] for part in parts]
+        size = len(self._answers)
+        return np.bincount(np.concatenate(rows) if rows else np.empty(0, np.int64), minlength=size)
 
     def next_deadline(self) -> float:
         """When to stop waiting for what has not come."""

@@ -7,6 +7,7 @@ one update of the expert. A module in evaluation mode gets gradients and updates
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -81,7 +82,9 @@ class _ExpertTrip:
 
     def _cross(self, inputs: Tensors, grads: Tensors = ()) -> Tensors:
         expert, link = self._expert, self._expert.link
+        began = time.monotonic()
         view = link.view(expert.timeout, expert.uid)
+        left = max(0.0, expert.timeout - (time.monotonic() - began))
         at = view.uids.index(expert.uid)
         differentiable = [one for one in inputs if one.is_floating_point()]
         answer = tuple(map(spec_of, differentiable)) if grads else link.outputs
@@ -90,7 +93,7 @@ class _ExpertTrip:
             update, dry_run = link.next_update(), not expert.training
             ask = replace(ask, grads=grads, update=update, dry_run=dry_run)
         method = BACKWARD if grads else FORWARD
-        wait = QuorumParams(k_min=1, grace=0.0, patience=expert.timeout, timeout=expert.timeout)
+        wait = QuorumParams(k_min=1, grace=0.0, patience=left, timeout=left)
         outcome = link.cross(Crossing(method, {0: ask}, {0: np.array([0])}, 1, wait))
         for error in outcome.errors.values():
             raise error

@@ -1,19 +1,17 @@
-"""The Trio half of the mixture: keeps the view of one grid fresh, and calls its experts.
+"""The Trio half of the mixture: keeps the view of one grid fresh.
 
 A cell is in the view when its server has said what its expert takes, and leaves it when a call
-finds the server gone or the lease lost, until it has said so again. So a training step asks nobody
-who is known to be dead, and looks nothing up; who may have failed is asked last. A crossing makes
-one call a peer, or few; answers are taken part by part, and what `Quorum` no longer waits for is
-cancelled on both sides.
+(`moe.caller`) finds the server gone or the lease lost, until it has said so again. So a training
+step asks nobody who is known to be dead, and looks nothing up; whose server may have failed, and
+who is slow or failing himself, is asked last.
 
 Rules: everything here runs in Trio's thread but `view`, which any thread may read; it is replaced,
-never changed. Failures of peers are counted and returned, part by part, never raised.
+never changed.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -23,33 +21,15 @@ from p2pmoe import telemetry
 from p2pmoe.dht.directory import GridWatch
 from p2pmoe.dht.leases import LeaseView
 from p2pmoe.dht.messages import Manifest
-from p2pmoe.errors import (
-    CallTimeout,
-    ExpertUnavailable,
-    LeaseLost,
-    MalformedMessage,
-    NodeClosed,
-    P2PMoEError,
-    PeerUnreachable,
-    RemoteError,
-)
+from p2pmoe.errors import ExpertUnavailable, P2PMoEError, PeerUnreachable
 from p2pmoe.experts.manifest import specs_of
-from p2pmoe.experts.messages import (
-    BACKWARD,
-    FORWARD,
-    INFO,
-    MAX_PARTS,
-    ExpertInfo,
-    InfoReply,
-    InfoRequest,
-    PartReply,
-)
+from p2pmoe.experts.messages import INFO, MAX_PARTS, ExpertInfo, InfoReply, InfoRequest
 from p2pmoe.experts.uid import ExpertUid
 from p2pmoe.identity import PeerId
+from p2pmoe.moe.audit import Verdict
 from p2pmoe.moe.beam import BeamParams
-from p2pmoe.moe.calls import Crossing, Outcome, Tensors, read_answer, request
-from p2pmoe.moe.dispatch import group
-from p2pmoe.moe.quorum import Quorum
+from p2pmoe.moe.caller import Caller
+from p2pmoe.moe.calls import Crossing, Outcome
 from p2pmoe.moe.search import GridSearch
 from p2pmoe.moe.select import Cell, View, view_of
 from p2pmoe.node import Node
@@ -72,29 +52,6 @@ class _Known:
     cell: Cell | None
 
 
-class _Trip:
-    """A crossing on its way: what has come, and until when the rest is waited for."""
-
-    def __init__(self, crossing: Crossing, quorum: Quorum, scope: trio.CancelScope) -> None:
-        self.asks, self.method = crossing.asks, crossing.method
-        self.outcome = Outcome()
-        self._quorum = quorum
-        self._scope = scope
-        scope.deadline = quorum.next_deadline()
-
-    def answered(self, index: int, tensors: Tensors) -> None:
-        """A part's answer is good."""
-        self.outcome.answers[index] = tensors
-        self._quorum.answered(index, trio.current_time())
-        self._scope.deadline = self._quorum.next_deadline()
-
-    def failed(self, index: int, error: P2PMoEError) -> None:
-        """A part has no answer, or a bad one."""
-        self.outcome.errors[index] = error
-        self._quorum.failed(index, trio.current_time())
-        self._scope.deadline = self._quorum.next_deadline()
-
-
 class MixtureService:
     """The experts of one grid, as this process sees and calls them."""
 
@@ -109,13 +66,14 @@ class MixtureService:
         self._asked: set[PeerId] = set()  # have been asked less than ASK_AGAIN ago
         self._begun = False  # whether there was a reading, and its servers have been asked
         self._stirred = trio.Event()
-        self._figures: dict[str, Counter[str]] = {FORWARD: Counter(), BACKWARD: Counter()}
+        self._caller = Caller(node, watch, self)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the view fresh, until cancelled."""
-        self._node.describe(f"mixture.{self._watch.name}", self._describe)
+        self._node.describe(f"mixture.{self._watch.name}", self.describe)
         async with trio.open_nursery() as asks:
             asks.start_soon(self._follow)
+            asks.start_soon(self._caller.auditor.run)
             task_status.started()
             while True:
                 stirred, unknown = self._stirred, self._refresh()
@@ -126,8 +84,10 @@ class MixtureService:
                         asks.start_soon(self._ask_about, peer, leases)
                 if not self._begun and self._watch.current is not None:
                     self._begun = True
-                    self._stir()
-                with trio.move_on_after(ASK_AGAIN if unknown else math.inf):
+                    self.stir()
+                now = trio.current_time()
+                soon = now + ASK_AGAIN if unknown else math.inf
+                with trio.move_on_at(min(soon, self._caller.standing.next_change(now))):
                     await stirred.wait()
 
     async def manifest(self, seconds: float) -> Manifest:
@@ -182,77 +142,21 @@ class MixtureService:
             while not happened():
                 await self._stirred.wait()
 
-    # -------------------------------------------------------------------------------- the calls
     async def cross(self, crossing: Crossing) -> Outcome:
         """Make the calls of a pass, and wait for them as long as its quorum says."""
-        began = trio.current_time()
-        quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, began)
-        async with trio.open_nursery() as calls:
-            trip = _Trip(crossing, quorum, calls.cancel_scope)
-            for peer, indices in group(crossing.asks):
-                calls.start_soon(self._call, trip, peer, indices)
-        outcome, now = trip.outcome, trio.current_time()
-        for index in crossing.asks.keys() - outcome.answers.keys() - outcome.errors.keys():
-            outcome.errors[index] = CallTimeout("the answer came too late to be waited for")
-        outcome.served = int(quorum.served.sum())
-        outcome.seconds, outcome.waited = now - began, quorum.waited(now)
-        self._count(crossing, outcome)
-        return outcome
+        return await self._caller.cross(crossing)
 
-    def _count(self, crossing: Crossing, outcome: Outcome) -> None:
-        """Rows of the batch, and rows of parts: of those asked, answered and missed, and why."""
-        asks = crossing.asks
-        figures = self._figures[crossing.method]
-        figures["passes"] += 1
-        figures["rows"] += crossing.rows
-        figures["rows_served"] += outcome.served
-        figures["asked"] += sum(ask.rows for ask in asks.values())
-        figures["answered"] += sum(asks[index].rows for index in outcome.answers)
-        for index, error in outcome.errors.items():
-            figures[f"missed.{error.code}"] += asks[index].rows
+    def describe(self) -> dict[str, dict[str, int | str]]:
+        """What became of the passes, and what is known of the experts, for `swarm.stats()`."""
+        caller, doubted = self._caller, int(self.view.doubted_C.sum())
+        verdicts = caller.auditor.audits.verdicts
+        audits = {f"audits_{verdict.value}": verdicts[verdict] for verdict in Verdict}
+        known = {"asked_last": doubted, **caller.standing.counts, **audits}
+        return caller.passes.describe(known)
 
-    def _describe(self) -> dict[str, dict[str, int | str]]:
-        return {
-            method.rpartition(".")[2]: dict(figures) for method, figures in self._figures.items()
-        }
-
-    async def _call(self, trip: _Trip, peer: PeerId, indices: tuple[int, ...]) -> None:
-        """One call: parts for one peer, answered in any order."""
-        waiting = set(indices)
-        error: P2PMoEError = RemoteError("the answer ended before this part", peer=peer.short)
-        try:
-            body, payload = request([trip.asks[index] for index in indices])
-            async with self._node.pool.open_call(
-                self._contact(peer), trip.method, body, payload, bulk=True
-            ) as parts:
-                async for part in parts:
-                    reply = schema.decode(part.body, PartReply)
-                    index = indices[reply.index] if reply.index < len(indices) else -1
-                    if index not in waiting:
-                        raise MalformedMessage("answer.index", str(reply.index))
-                    waiting.remove(index)
-                    self._take(trip, index, reply, part.payload)
-        except P2PMoEError as failure:
-            error = failure
-            telemetry.emit("moe.call.failed", peer=peer, error=failure)
-            if isinstance(failure, PeerUnreachable | NodeClosed):
-                self._forget(uid for uid, known in self._known.items() if known.peer == peer)
-        for index in waiting:
-            trip.failed(index, error)
-
-    def _take(self, trip: _Trip, index: int, reply: PartReply, payload: memoryview) -> None:
-        """One part's answer: its tensors, or why there are none."""
-        ask = trip.asks[index]
-        try:
-            trip.answered(index, read_answer(ask, reply, payload))
-        except P2PMoEError as error:
-            error.peer, error.expert = ask.peer.short, ask.uid
-            trip.failed(index, error)
-            if isinstance(error, LeaseLost | ExpertUnavailable):
-                self._forget([ask.uid])
-                self._watch.poke()
-
-    def _contact(self, peer: PeerId) -> Contact:
+    # -------------------------------------------------------------------- what the calls tell of it
+    def contact(self, peer: PeerId) -> Contact:
+        """Where a peer is; `PeerUnreachable` where nobody knows."""
         contact = self._node.dht.contact(peer)
         if contact is None and self._watch.current is not None:
             contact = self._watch.current.contacts.get(peer)
@@ -260,17 +164,27 @@ class MixtureService:
             raise PeerUnreachable(f"no address of peer {peer} is known", peer=peer.short)
         return contact
 
+    def lost(self, peer: PeerId) -> None:
+        """A peer could not be reached: its experts are not asked before it has spoken again."""
+        self._forget(uid for uid, known in self._known.items() if known.peer == peer)
+
+    def gone(self, uids: Iterable[str]) -> None:
+        """These experts are not where they were: look for them again."""
+        gone = list(uids)
+        self._forget(gone)
+        self._watch.poke(gone)
+
+    def stir(self) -> None:
+        """Wake whoever waits for something to happen."""
+        self._stirred.set()
+        self._stirred = trio.Event()
+
     # -------------------------------------------------------------------------------- the view
     async def _follow(self) -> None:
         """Look again whenever the grid was read anew."""
         while True:
             await self._watch.changed()
-            self._stir()
-
-    def _stir(self) -> None:
-        """Wake whoever waits for something to happen."""
-        self._stirred.set()
-        self._stirred = trio.Event()
+            self.stir()
 
     def _leases(self) -> Mapping[str, LeaseView]:
         """Who serves what, as far as the watch and the searches have found."""
@@ -282,28 +196,31 @@ class MixtureService:
         """Bring the view up to date; of each server, the leases that it has not spoken of."""
         cells: list[Cell] = []
         unknown: dict[PeerId, dict[str, int]] = {}
-        reading = self._watch.current
-        for uid, lease in self._leases().items():
+        reading, leases = self._watch.current, self._leases()
+        keys = {(lease.peer, uid) for uid, lease in leases.items()}
+        last = self._caller.standing.asked_last(keys, trio.current_time())
+        for uid, lease in leases.items():
             known = self._known.get(uid)
             if known and (known.number, known.peer) == (lease.number, lease.peer):
-                doubted = reading is not None and lease.peer in reading.doubted
+                failing = reading is not None and lease.peer in reading.doubted
+                doubted = failing or (lease.peer, uid) in last
                 cells += [replace(known.cell, doubted=doubted)] if known.cell else []
             else:
                 unknown.setdefault(lease.peer, {})[uid] = lease.number
         if reading and cells != self._cells:
             self._cells = cells
             self.view = view_of(cells, len(reading.manifest.body.cells))
-            self._stir()
+            self.stir()
         return unknown
 
     async def _ask_about(self, peer: PeerId, leases: dict[str, int]) -> None:
         """Ask a server, and leave it alone for a while."""
         await self._ask(peer, leases)
         self._asking.discard(peer)
-        self._stir()
+        self.stir()
         await trio.sleep(ASK_AGAIN)
         self._asked.discard(peer)
-        self._stir()
+        self.stir()
 
     async def _ask(self, peer: PeerId, leases: dict[str, int]) -> None:
         """Ask a server what its experts take."""
@@ -312,8 +229,10 @@ class MixtureService:
             with trio.move_on_after(ASK_WITHIN):
                 for at in range(0, len(uids), MAX_PARTS):
                     body = schema.encode(InfoRequest(uids=tuple(uids[at : at + MAX_PARTS])))
-                    part = await self._node.pool.call(self._contact(peer), INFO, body)
-                    for info in schema.decode(part.body, InfoReply).experts:
+                    part = await self._node.pool.call(self.contact(peer), INFO, body)
+                    reply = schema.decode(part.body, InfoReply)
+                    self._caller.passes.others = max(self._caller.passes.others, reply.trainers)
+                    for info in reply.experts:
                         self._learn(peer, leases, info)
         except P2PMoEError as error:
             telemetry.emit("moe.info.failed", peer=peer, error=error)
@@ -343,7 +262,7 @@ class MixtureService:
         if self._search:
             self._search.forget(gone)
         self._refresh()
-        self._stir()
+        self.stir()
 
 
 def _has(view: View, uid: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import trio
 
 from p2pmoe.dht.messages import Manifest
+from p2pmoe.experts.accounts import AccountParams
 from p2pmoe.experts.backend import TrainParams
 from p2pmoe.experts.batching import BatchingParams
 from p2pmoe.experts.blocks import ExpertClass
@@ -17,6 +18,7 @@ from p2pmoe.experts.manifest import Offer, manifest_of, offer_for
 from p2pmoe.experts.messages import (
     BACKWARD,
     FORWARD,
+    Answer,
     BackwardPart,
     BackwardRequest,
     ForwardPart,
@@ -24,12 +26,12 @@ from p2pmoe.experts.messages import (
     PartReply,
 )
 from p2pmoe.experts.service import ExpertService, ServeParams
-from p2pmoe.experts.tensors import describe, from_wire, to_wire
+from p2pmoe.experts.tensors import from_wire, rows_to_wire
 from p2pmoe.experts.uid import Grid
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed, seal
-from p2pmoe.wire.tensor import join, split
+from p2pmoe.wire.tensor import split
 
 NETWORK = bytes(32)
 OWNER = KeyPair.from_seed(bytes(32))
@@ -41,6 +43,7 @@ def client(number: int) -> PeerId:
 
 
 CLIENT = client(1)
+ANY_NUMBER = AccountParams()  # of updates, as far as tests go
 
 
 def manifest(
@@ -82,31 +85,45 @@ class FakeCall:
 
     @property
     def replies(self) -> dict[int, tuple[PartReply, list[torch.Tensor]]]:
-        found = {}
-        for body, payload in self.parts:
-            reply = schema.decode(body, PartReply)
-            assert reply.index not in found, "one answer a part"
-            views = split(payload, reply.tensors)
-            tensors = [from_wire(*pair) for pair in zip(reply.tensors, views, strict=True)]
-            found[reply.index] = (reply, tensors)
-        return found
+        return read_replies(self, self.parts)
 
     @property
     def codes(self) -> list[str]:
         return [self.replies[index][0].code for index in sorted(self.replies)]
 
 
-def payload_of(tensors: Sequence[torch.Tensor]) -> memoryview:
-    described = [describe(tensor) for tensor in tensors]
-    return memoryview(bytearray(b"".join(join(described, [to_wire(one) for one in tensors]))))
+def rows_of(call: FakeCall) -> list[int]:
+    request = ForwardRequest if call.method == FORWARD else BackwardRequest
+    return [part.rows for part in schema.decode(call.body, request).parts]
+
+
+def read_replies(
+    call: FakeCall, answers: Iterable[tuple[bytes, memoryview]]
+) -> dict[int, tuple[PartReply, list[torch.Tensor]]]:
+    """What became of each part of a call, and its tensors."""
+    rows, found = rows_of(call), {}
+    for body, payload in answers:
+        answer = schema.decode(body, Answer)
+        good = [reply.index for reply in answer.parts if not reply.code]
+        whole = map(from_wire, answer.tensors, split(payload, answer.tensors))
+        pieces = zip(*(one.split([rows[index] for index in good]) for one in whole), strict=True)
+        tensors = dict(zip(good, map(list, pieces), strict=bool(answer.tensors)))
+        for reply in answer.parts:
+            assert reply.index not in found, "one answer a part"
+            found[reply.index] = (reply, tensors.get(reply.index, []))
+    return found
+
+
+def joined(columns: Sequence[Sequence[torch.Tensor]]) -> tuple[tuple, memoryview]:
+    described, pieces = rows_to_wire(columns)
+    return described, memoryview(bytearray(b"".join(pieces)))
 
 
 def forward(*parts: tuple[str, torch.Tensor], peer: int = 1, lease: int = LEASE) -> FakeCall:
-    asked = tuple(
-        ForwardPart(uid=uid, lease=lease, tensors=(describe(tensor),)) for uid, tensor in parts
-    )
-    body = schema.encode(ForwardRequest(parts=asked))
-    return FakeCall(FORWARD, body, payload_of([tensor for _, tensor in parts]), client(peer))
+    asked = tuple(ForwardPart(uid=uid, lease=lease, rows=len(rows)) for uid, rows in parts)
+    described, payload = joined([[rows for _, rows in parts]])
+    body = schema.encode(ForwardRequest(parts=asked, inputs=described))
+    return FakeCall(FORWARD, body, payload, client(peer))
 
 
 def backward(
@@ -120,28 +137,35 @@ def backward(
         BackwardPart(
             uid=uid,
             lease=lease,
+            rows=len(inputs),
             update=bytes(8) + (counter + index).to_bytes(8, "big"),
-            inputs=(describe(inputs),),
-            grads=(describe(grads),),
-            dry_run=dry_run,
         )
-        for index, (uid, inputs, grads) in enumerate(parts)
+        for index, (uid, inputs, _) in enumerate(parts)
     )
-    body = schema.encode(BackwardRequest(parts=asked))
-    tensors = [tensor for _, *both in parts for tensor in both]
-    return FakeCall(BACKWARD, body, payload_of(tensors), client(peer))
+    columns = [[inputs for _, inputs, _ in parts], [grads for *_, grads in parts]]
+    (inputs, grads), payload = joined(columns)
+    request = BackwardRequest(parts=asked, inputs=(inputs,), grads=(grads,), dry_run=dry_run)
+    return FakeCall(BACKWARD, schema.encode(request), payload, client(peer))
 
 
 class Server:
     """A service without a network, whose batches run in Trio's thread."""
 
-    def __init__(self, *, threaded: bool = False, max_batch: int = 16, **train: object) -> None:
+    def __init__(
+        self,
+        *,
+        threaded: bool = False,
+        max_batch: int = 16,
+        accounts: AccountParams = ANY_NUMBER,
+        **train: object,
+    ) -> None:
         self.leases, self.handlers = Leases(), {}
         params = ServeParams(
             compute=ComputeParams(
                 batching=BatchingParams(max_batch=max_batch), threaded=threaded, batch_limit=60.0
             ),
             train=TrainParams(**{"optimizer": "sgd", "lr": 0.1, **train}),  # type: ignore[arg-type]  # of several types
+            accounts=accounts,
         )
         self.service = ExpertService(self.handlers, self.leases, params)
 

@@ -34,7 +34,7 @@ def update(count: int, seed: int, *, scale: float = 1.0, key: object = "own") ->
     return Update(
         inputs=[rows(count, seed)],
         grads=[rows(count, seed + 1000) * scale],
-        key=seed if key == "own" else key,
+        key=("a", seed.to_bytes(2, "big")) if key == "own" else key,
     )
 
 
@@ -109,8 +109,8 @@ def test_an_error_inside_the_expert_fails_that_request_alone(bad: float) -> None
     grads = [rows(2)]
     first, second = backend.backward(
         [
-            Update(inputs=[spoilt], grads=grads, key="a"),
-            Update(inputs=[rows(2)], grads=grads, key="b"),
+            Update(inputs=[spoilt], grads=grads, key=("a", b"a")),
+            Update(inputs=[rows(2)], grads=grads, key=("a", b"b")),
         ],
         now=0.0,
     )
@@ -177,7 +177,7 @@ def test_the_learning_rate_rises_linearly_over_the_warmup() -> None:
         assert backend.learning_rate == pytest.approx(expected)
         request, before = update(2, seed=1), weights(backend)
         of_weights = local(copy.deepcopy(backend.module), request)[1]
-        request = Update(inputs=request.inputs, grads=request.grads, key=object())
+        request = Update(inputs=request.inputs, grads=request.grads, key=(object(), b""))
         backend.backward([request], now=0.0)
         assert torch.allclose(weights(backend), before - expected * of_weights, atol=1e-5)
 
@@ -253,8 +253,8 @@ def test_one_call_with_a_large_gradient_moves_the_weights_by_the_clip_norm_at_mo
 
 def test_gradients_that_overflow_only_together_are_not_learnt_together() -> None:
     backend = expert(nn.Linear(4, 4, bias=False))
-    half = Update(inputs=[torch.eye(4)], grads=[torch.eye(4) * 9e18], key=1)
-    again = Update(inputs=half.inputs, grads=half.grads, key=2)
+    half = Update(inputs=[torch.eye(4)], grads=[torch.eye(4) * 9e18], key=("a", b"1"))
+    again = Update(inputs=half.inputs, grads=half.grads, key=("a", b"2"))
     assert all(tensors(outcome) for outcome in backend.backward([half, again], now=0.0))
     assert torch.isfinite(weights(backend)).all()
 
@@ -281,7 +281,7 @@ def test_several_inputs_and_outputs_and_integers_among_them(clip: float | None) 
         Update(
             inputs=[rows(n, seed=n), torch.arange(n) % 5, rows(n, seed=9)],
             grads=[rows(n, seed=n + 50), rows(n, seed=n + 60)],
-            key=n,
+            key=("a", bytes([n])),
         )
         for n in (2, 3)
     ]
@@ -310,7 +310,9 @@ class Words(nn.Module):
 @pytest.mark.parametrize("learns", [True, False])
 def test_an_expert_of_integers_answers_without_gradients(*, learns: bool) -> None:
     backend = expert(Words(learns=learns))
-    requests = [Update(inputs=[torch.arange(n)], grads=[rows(n)], key=n) for n in (2, 3)]
+    requests = [
+        Update(inputs=[torch.arange(n)], grads=[rows(n)], key=("a", bytes([n]))) for n in (2, 3)
+    ]
     assert [tensors(outcome) for outcome in backend.backward(requests, now=0.0)] == [(), ()]
     assert backend.step == int(learns)
 
@@ -344,7 +346,7 @@ def test_weights_that_take_no_part_stay_as_they_are() -> None:
 
 def test_a_gradient_of_another_shape_than_its_output_is_a_schema_error() -> None:
     backend = expert()
-    wrong = Update(inputs=[rows(2)], grads=[rows(2, width=5)], key=1)
+    wrong = Update(inputs=[rows(2)], grads=[rows(2, width=5)], key=("a", b"1"))
     (outcome,) = backend.backward([wrong], now=0.0)
     assert isinstance(outcome, SchemaMismatch)
     assert backend.step == 0

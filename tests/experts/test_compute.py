@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from p2pmoe.errors import LeaseLost, P2PMoEError, PeerBusy, RemoteError
+from p2pmoe.errors import ExpertPaused, LeaseLost, P2PMoEError, PeerBusy, RemoteError
 from p2pmoe.experts import compute as compute_module
 from p2pmoe.experts.batching import BatchingParams, Kind, Waiting
 from p2pmoe.experts.compute import Compute, ComputeParams
@@ -17,7 +17,7 @@ from p2pmoe.experts.compute import Compute, ComputeParams
 PATIENCE = 10.0  # real seconds after which a test has failed
 
 
-def job(number: int, uid: str = "ffn.0", client: object = "a", **changes: float) -> Waiting:
+def job(number: int, uid: str = "ffn.0", client: object = "a", **changes: object) -> Waiting:
     return Waiting(
         number=number,
         uid=uid,
@@ -139,9 +139,29 @@ async def test_a_full_queue_answers_busy_at_once() -> None:
     device = Device()
     device.compute.submit([job(number) for number in range(9)])
     assert isinstance(device.answers[8], PeerBusy)
+    assert device.answers[8].retry_after == compute_module.SOON
     async with device.running():
         await device.until(lambda: len(device.answers) == 9)
     assert sum(map(len, device.ran)) == 8
+
+
+async def test_a_full_queue_says_when_half_of_it_will_be_done(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    device = Device()
+    with device.held("slow") as gate:
+        async with device.running():
+            device.compute.submit([job(0, "slow")])
+            await device.until_begun()
+            mock_clock.jump(8.0)
+            gate.set()
+            await device.until(lambda: 0 in device.answers)
+            with device.held("ffn.0"):
+                device.compute.submit([job(number) for number in range(1, 14)])
+                busy = device.answers[13]
+                assert isinstance(busy, PeerBusy)
+                assert busy.retry_after == pytest.approx(8.0 / 8 * 8 / 2, rel=0.2)
+                device.gates["ffn.0"].set()
 
 
 async def test_a_devices_own_error_fails_its_batch_and_the_thread_goes_on() -> None:
@@ -242,22 +262,46 @@ async def test_a_late_batch_takes_its_expert_out_and_the_others_go_on(
             assert device.answers == {}
             mock_clock.jump(2.0)
             await device.until(lambda: len(device.answers) == 3)
-            assert isinstance(device.answers[0], PeerBusy)
-            assert isinstance(device.answers[1], PeerBusy)
+            assert isinstance(device.answers[0], ExpertPaused)
+            assert isinstance(device.answers[1], ExpertPaused)
+            assert device.answers[1].retry_after == 3.0, "nobody knows how long it still takes"
             assert device.answers[2] == "done 2"
             device.compute.submit([job(3, "slow")])
             assert isinstance(device.answers[3], PeerBusy)
             gate.set()
             await device.until_one_thread_is_left()
-            mock_clock.jump(49.0)
+            mock_clock.jump(9.0)
             device.compute.submit([job(4, "slow")])
-            assert isinstance(device.answers[4], PeerBusy), "10 x 5 seconds have not passed"
+            assert isinstance(device.answers[4], ExpertPaused), "2 x 5 seconds have not passed"
+            assert device.answers[4].retry_after == pytest.approx(1.0)
             mock_clock.jump(1.0)
             device.compute.submit([job(5, "slow")])
             await device.until(lambda: 5 in device.answers)
     assert device.answers[5] == "done 5"
     assert isinstance(device.answers[0], PeerBusy), "the late result was dropped"
     assert len(device.threads) == 2
+
+
+async def test_experts_of_a_late_wave_come_back_when_it_has_ended(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    device = Device(batch_limit=3.0)
+    wave = [job(0, "slow", family="f"), job(1, "other", family="f")]
+    with device.held("slow") as gate:
+        async with device.running():
+            device.compute.submit(wave)
+            await device.until_begun()
+            mock_clock.jump(5.0)
+            await device.until(lambda: len(device.answers) == 2)
+            assert all(isinstance(one, PeerBusy) for one in device.answers.values())
+            device.compute.submit([job(2, "other")])
+            assert isinstance(device.answers[2], PeerBusy)
+            gate.set()
+            await device.until_one_thread_is_left()
+            device.compute.submit([job(3, "slow"), job(4, "other")])
+            await device.until(lambda: {3, 4} <= set(device.answers))
+    assert device.ran[0] == [0, 1]
+    assert (device.answers[3], device.answers[4]) == ("done 3", "done 4")
 
 
 async def test_a_second_late_batch_gets_no_third_thread(

@@ -8,6 +8,7 @@ from p2pmoe.errors import MalformedMessage, SchemaMismatch
 from p2pmoe.experts.messages import (
     MAX_PARTS,
     MAX_TENSORS,
+    Answer,
     BackwardPart,
     BackwardRequest,
     ExpertInfo,
@@ -32,15 +33,21 @@ specs = st.builds(
     shape=st.lists(st.none() | st.integers(1, 9), max_size=3).map(tuple),
 )
 several_specs = st.lists(specs, max_size=3).map(tuple)
-forward_parts = st.builds(ForwardPart, uid=uids, lease=u64, tensors=tensors)
+rows = st.integers(1, 2**24)
+forward_parts = st.builds(ForwardPart, uid=uids, lease=u64, rows=rows)
 backward_parts = st.builds(
     BackwardPart,
     uid=uids,
     lease=u64,
+    rows=rows,
     update=st.binary(min_size=16, max_size=16),
-    inputs=tensors,
-    grads=tensors,
-    dry_run=st.booleans(),
+)
+part_replies = st.builds(
+    PartReply,
+    index=st.integers(0, MAX_PARTS - 1),
+    step=u64,
+    code=st.text(max_size=24),
+    detail=st.text(max_size=256),
 )
 infos = st.builds(
     ExpertInfo,
@@ -55,21 +62,26 @@ infos = st.builds(
 messages = st.one_of(
     st.builds(InfoRequest, uids=st.lists(uids, max_size=5).map(tuple)),
     st.builds(InfoReply, experts=st.lists(infos, max_size=3).map(tuple)),
-    st.builds(ForwardRequest, parts=st.lists(forward_parts, min_size=1, max_size=4).map(tuple)),
-    st.builds(BackwardRequest, parts=st.lists(backward_parts, min_size=1, max_size=4).map(tuple)),
     st.builds(
-        PartReply,
-        index=st.integers(0, MAX_PARTS - 1),
-        code=st.text(max_size=24),
-        detail=st.text(max_size=256),
-        tensors=tensors,
-        step=u64,
+        ForwardRequest,
+        parts=st.lists(forward_parts, min_size=1, max_size=4).map(tuple),
+        inputs=tensors,
+    ),
+    st.builds(
+        BackwardRequest,
+        parts=st.lists(backward_parts, min_size=1, max_size=4).map(tuple),
+        inputs=tensors,
+        grads=tensors,
+        dry_run=st.booleans(),
+    ),
+    st.builds(
+        Answer, parts=st.lists(part_replies, min_size=1, max_size=4).map(tuple), tensors=tensors
     ),
 )
 
 ROW = TensorDescriptor(dtype="float32", shape=(2, 4))
-FORWARD = ForwardPart(uid="ffn.0", lease=1, tensors=(ROW,))
-BACKWARD = BackwardPart(uid="ffn.0", lease=1, update=bytes(16), inputs=(ROW,), grads=(ROW,))
+FORWARD = ForwardPart(uid="ffn.0", lease=1, rows=2)
+BACKWARD = BackwardPart(uid="ffn.0", lease=1, rows=2, update=bytes(16))
 
 
 @given(messages)
@@ -77,40 +89,39 @@ def test_a_message_survives_its_bytes(message: object) -> None:
     assert schema.decode(schema.encode(message), type(message)) == message
 
 
-def test_the_largest_calls_of_ordinary_experts_fit_one_header() -> None:
-    """Sequences in and out, a long uid, large numbers: 64 parts of them travel at once."""
-    sequence = TensorDescriptor(dtype="bfloat16", shape=(4096, 512, 1024))
+def test_the_largest_calls_and_answers_fit_one_header() -> None:
+    """Sequences in and out, long uids, large numbers, long errors: 64 parts travel at once."""
+    row = TensorDescriptor(dtype="bfloat16", shape=(2**24,) * 8)
     part = BackwardPart(
-        uid="a" * 30 + ".65535" * 4,
-        lease=2**63 - 1,
-        update=b"\xff" * 16,
-        inputs=(sequence,),
-        grads=(sequence,),
+        uid="a" * 30 + ".65535" * 4, lease=2**63 - 1, rows=2**18, update=b"\xff" * 16
     )
-    request = BackwardRequest(parts=(part,) * MAX_PARTS)
-    assert len(schema.encode(request)) <= MAX_BODY_BYTES
-    assert schema.decode(schema.encode(request), BackwardRequest) == request
+    grads = (row,) * MAX_TENSORS
+    request = BackwardRequest(parts=(part,) * MAX_PARTS, inputs=grads, grads=grads)
+    failed = PartReply(index=63, step=2**63 - 1, code="c" * 24, detail="\N{SNOWMAN}" * 256)
+    for message in (request, Answer(parts=(failed,) * MAX_PARTS, tensors=grads)):
+        assert len(schema.encode(message)) <= MAX_BODY_BYTES
+        assert schema.decode(schema.encode(message), type(message)) == message
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        ForwardRequest(parts=()),
-        ForwardRequest(parts=(FORWARD,) * (MAX_PARTS + 1)),
-        ForwardRequest(
-            parts=(ForwardPart(uid="ffn.0", lease=1, tensors=(ROW,) * (MAX_TENSORS + 1)),)
-        ),
-        ForwardRequest(parts=(ForwardPart(uid="u" * 65, lease=1, tensors=()),)),
-        ForwardRequest(parts=(ForwardPart(uid="ffn.0", lease=-1, tensors=()),)),
-        BackwardRequest(parts=()),
+        ForwardRequest(parts=(), inputs=(ROW,)),
+        ForwardRequest(parts=(FORWARD,) * (MAX_PARTS + 1), inputs=(ROW,)),
+        ForwardRequest(parts=(FORWARD,), inputs=(ROW,) * (MAX_TENSORS + 1)),
+        ForwardRequest(parts=(ForwardPart(uid="u" * 65, lease=1, rows=1),), inputs=()),
+        ForwardRequest(parts=(ForwardPart(uid="ffn.0", lease=-1, rows=1),), inputs=()),
+        ForwardRequest(parts=(ForwardPart(uid="ffn.0", lease=1, rows=0),), inputs=()),
+        BackwardRequest(parts=(), inputs=(ROW,), grads=(ROW,)),
         BackwardRequest(
-            parts=(
-                BackwardPart(uid="ffn.0", lease=1, update=bytes(15), inputs=(ROW,), grads=(ROW,)),
-            )
+            parts=(BackwardPart(uid="ffn.0", lease=1, rows=2, update=bytes(15)),),
+            inputs=(ROW,),
+            grads=(ROW,),
         ),
         InfoRequest(uids=("ffn.0",) * (MAX_PARTS + 1)),
-        PartReply(index=MAX_PARTS),
-        PartReply(index=0, detail="d" * 257),
+        Answer(parts=()),
+        Answer(parts=(PartReply(index=MAX_PARTS, step=0, code="", detail=""),)),
+        Answer(parts=(PartReply(index=0, step=0, code="", detail="d" * 257),)),
     ],
 )
 def test_a_message_beyond_its_bounds_is_refused(message: object) -> None:

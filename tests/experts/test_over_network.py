@@ -12,16 +12,23 @@ from dataclasses import dataclass, field
 import torch
 import trio
 
+from p2pmoe.experts.accounts import AccountParams
 from p2pmoe.experts.messages import PartReply
-from p2pmoe.experts.tensors import from_wire
 from p2pmoe.identity import KeyPair
 from p2pmoe.net.pool import Pool, PoolParams
 from p2pmoe.testing.memory import Line, MemoryNetwork
-from p2pmoe.wire import schema
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.peer_record import Contact
-from p2pmoe.wire.tensor import split
-from tests.experts.calls import NETWORK, FakeCall, Server, backward, forward, offer
+from tests.experts.calls import (
+    ANY_NUMBER,
+    NETWORK,
+    FakeCall,
+    Server,
+    backward,
+    forward,
+    offer,
+    read_replies,
+)
 
 UID, OTHER = "ffn.0.1", "ffn.3.3"
 SERVER = KeyPair.from_seed(b"s" * 32)
@@ -42,24 +49,20 @@ class Caller:
 
     async def ask(self, call: FakeCall) -> list[str]:
         """Make a call, collect what comes; the codes of its parts."""
-        self.replies = {}
         asked = self.pool.open_call(self.server, call.method, call.body, [call.payload], bulk=True)
         async with asked as parts:
-            async for part in parts:
-                reply = schema.decode(part.body, PartReply)
-                views = split(part.payload, reply.tensors)
-                tensors = [from_wire(*pair) for pair in zip(reply.tensors, views, strict=True)]
-                self.replies[reply.index] = (reply, tensors)
+            answers = [(part.body, part.payload) async for part in parts]
+        self.replies = read_replies(call, answers)
         return [self.replies[index][0].code for index in sorted(self.replies)]
 
 
 class World:
     """A server on one host, and as many clients as a test wants on others."""
 
-    def __init__(self, parts: trio.Nursery) -> None:
+    def __init__(self, parts: trio.Nursery, accounts: AccountParams) -> None:
         self.dice = random.Random(1)
         self.network = MemoryNetwork(self.dice, BULK)
-        self.server = Server(max_batch=4096)
+        self.server = Server(max_batch=4096, accounts=accounts)
         self._parts = parts
 
     def _pool(self, keys: KeyPair, host: str) -> tuple[Pool, object]:
@@ -87,9 +90,11 @@ class World:
 
 
 @asynccontextmanager
-async def world(*, compute: bool = True) -> AsyncIterator[World]:
+async def world(
+    *, compute: bool = True, accounts: AccountParams = ANY_NUMBER
+) -> AsyncIterator[World]:
     async with trio.open_nursery() as parts:
-        here = await World(parts).open()
+        here = await World(parts, accounts).open()
         if compute:
             await here.compute()
         yield here

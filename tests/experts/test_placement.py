@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pmoe.experts.placement import Placement, PlacementParams
+from p2pmoe.experts.placement import ORPHAN, OWN, Placement, PlacementParams
 from p2pmoe.experts.uid import ExpertUid, Grid
 
 GRID = Grid.parse("ffn.[0:4].[0:4]")
@@ -179,3 +179,52 @@ def test_most_first_claims_of_servers_that_start_at_once_do_not_clash(servers: i
     first = [placement(each, me=me, grid=grid, parallel=each).wanted(0.0) for me in range(servers)]
     asked = [uid for wanted in first for uid in wanted]
     assert len(set(asked)) > 0.8 * len(asked)
+
+
+def test_cells_that_are_preferred_come_first_and_among_them_those_of_level_0() -> None:
+    place, cells = placement(16, parallel=16), list(GRID.uids())
+    place.prefer(cells[4:8], ORPHAN)
+    place.prefer(cells[7:8], OWN)
+    place.prefer(cells[6:8], ORPHAN)  # which takes nothing back
+    assert place.free[0] == cells[7]
+    assert set(place.free[1:4]) == set(cells[4:7])
+    plain = placement(16).free
+    assert place.free[4:] == [uid for uid in plain if uid not in cells[4:8]]
+    assert place.wanted(now=0.0)[:4] == [cells[7], *(uid for uid in plain if uid in cells[4:7])]
+
+
+def test_a_preferred_cell_of_a_huge_grid_is_considered_too() -> None:
+    huge = Grid.parse("ffn.[0:65536].[0:65536]")
+    place = placement(1, grid=huge, considered=50)
+    wanted, elsewhere = ExpertUid.parse("ffn.9.9"), ExpertUid.parse("ffn.9")
+    place.prefer([wanted, elsewhere], ORPHAN)
+    assert place.free[0] == wanted
+    assert elsewhere not in place.free
+
+
+def test_cells_beside_the_named_ones_are_not_preferred() -> None:
+    only = [ExpertUid.parse("ffn.1.2")]
+    place = Placement(GRID, bytes(32), 0, rng=chance(0), only=only)
+    place.prefer([ExpertUid.parse("ffn.1.1")], OWN)
+    assert place.free == only
+
+
+def test_a_cell_that_is_handed_over_is_taken_while_one_is_missing() -> None:
+    place, cells = placement(2), list(GRID.uids())
+    assert place.missing == 2
+    place.seen(cells)
+    assert place.done
+    assert place.take(cells[3])
+    assert place.wanted(now=0.0) == [cells[3]]
+    assert not place.take(cells[3])  # it is being claimed
+    place.told(cells[3])
+    assert not place.take(cells[3])
+    assert place.missing == 1
+    assert place.take(cells[5])
+    assert not place.take(cells[6])  # one is promised
+    place.seen(cells)  # somebody else has it after all
+    assert place.take(cells[5])
+    place.seen([])
+    place.lost(cells[3])
+    assert not place.take(ExpertUid.parse("ffn.9.9"))  # no cell of this grid
+    assert cells[5] in place.wanted(now=0.0)

@@ -12,9 +12,19 @@ from structlog.testing import capture_logs
 
 from p2pmoe import telemetry
 from p2pmoe.errors import ConfigurationError, MalformedMessage
+from p2pmoe.experts import grouped
 from p2pmoe.experts.blocks import ExpertClass
-from p2pmoe.experts.messages import INFO, ExpertInfo, InfoReply, InfoRequest, TensorSpec
+from p2pmoe.experts.messages import (
+    INFO,
+    ExpertInfo,
+    ForwardPart,
+    ForwardRequest,
+    InfoReply,
+    InfoRequest,
+    TensorSpec,
+)
 from p2pmoe.wire import schema
+from p2pmoe.wire.tensor import TensorDescriptor, layout
 from tests.experts.calls import LEASE, FakeCall, Server, backward, client, forward, offer
 
 UID, OTHER = "ffn.0.1", "ffn.3.3"
@@ -114,7 +124,6 @@ async def test_a_transformer_merges_sequences_of_one_length_only(
     [
         (forward((UID, rows(2, width=5))), "schema", "[rows, 4], not [2, 5]"),
         (forward((UID, rows(2).double())), "schema", "float32, not float64"),
-        (forward((UID, rows(0))), "schema", "rows above 0"),
         (forward((UID, rows(17))), "schema", "takes 16 at once"),
         (forward((UID, torch.randn(4))), "schema", "[rows, 4], not [4]"),
         (forward((UID, torch.randn(2, 4, 1))), "schema", "not [2, 4, 1]"),
@@ -122,7 +131,6 @@ async def test_a_transformer_merges_sequences_of_one_length_only(
         (forward(("ffn.2.2", rows(2))), "unavailable", "does not serve ffn.2.2"),
         (forward(("\n", rows(2))), "unavailable", "does not serve \\n"),
         (forward((UID, rows(2) * float("nan"))), "nonfinite", "not all finite"),
-        (backward((UID, rows(2), rows(3))), "schema", "different numbers of rows"),
         (backward((UID, rows(2), rows(2, width=3))), "schema", "gradients are [rows, 4]"),
         (backward((UID, rows(2), rows(2) * float("inf"))), "nonfinite", "not all finite"),
         (backward((UID, rows(2), rows(2)), lease=6), "lease", "number 5, not 6"),
@@ -142,7 +150,7 @@ async def test_a_bad_part_is_refused_by_a_typed_error(
 
 async def test_a_bad_part_harms_no_other_part_of_its_call(server: Server) -> None:
     call = await server.answer(
-        forward((UID, rows(2)), (UID, rows(2, width=9)), ("ffn.9.9", rows(1)), (OTHER, rows(1)))
+        forward((UID, rows(2)), (UID, rows(17)), ("ffn.9.9", rows(1)), (OTHER, rows(1)))
     )
     assert call.codes == ["", "schema", "unavailable", ""]
     assert torch.allclose(call.replies[3][1][0], server.module(OTHER)(rows(1)), atol=1e-6)
@@ -153,7 +161,6 @@ async def test_bad_callers_beside_eight_good_ones_harm_nobody(server: Server) ->
     bad = [
         forward((UID, rows(2, width=7)), peer=9),
         forward((UID, rows(2).long()), peer=10),
-        forward((UID, rows(0)), peer=11),
         forward((UID, rows(2) / 0), peer=12),
     ]
     for _ in range(3):
@@ -163,7 +170,7 @@ async def test_bad_callers_beside_eight_good_ones_harm_nobody(server: Server) ->
         for n, call in enumerate(good, 1):
             expected = server.module(UID)(rows(2, seed=n))
             assert torch.allclose(call.replies[0][1][0], expected, atol=1e-6)
-        assert [call.codes for call in bad] == [["schema"], ["schema"], ["schema"], ["nonfinite"]]
+        assert [call.codes for call in bad] == [["schema"], ["schema"], ["nonfinite"]]
 
 
 @pytest.mark.parametrize("call", [forward((UID, rows(2))), backward((UID, rows(2), rows(2)))])
@@ -174,6 +181,27 @@ async def test_a_payload_of_another_length_than_described_breaks_the_protocol(
     with pytest.raises(MalformedMessage, match=r"tensor\.length"):
         await server.answer(short)
     assert short.parts == []
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (TensorDescriptor(dtype="float32", shape=(3, 4)),),
+        (TensorDescriptor(dtype="float32", shape=()),),
+        (
+            TensorDescriptor(dtype="float32", shape=(2, 4)),
+            TensorDescriptor(dtype="bool", shape=(1,)),
+        ),
+    ],
+)
+async def test_tensors_of_other_rows_than_the_parts_together_break_the_protocol(
+    server: Server, tensors: tuple[TensorDescriptor, ...]
+) -> None:
+    part = ForwardPart(uid=UID, lease=LEASE, rows=2)
+    body = schema.encode(ForwardRequest(parts=(part,), inputs=tensors))
+    call = FakeCall("expert.forward", body, memoryview(bytearray(layout(tensors).total)))
+    with pytest.raises(MalformedMessage, match=r"expert\.rows"):
+        await server.answer(call)
 
 
 @pytest.mark.parametrize("method", ["expert.info", "expert.forward", "expert.backward"])
@@ -272,8 +300,20 @@ async def test_an_answer_that_nobody_takes_holds_up_no_other_call(
                 assert call.codes == [""]
             assert trio.current_time() == 0.0
     assert (
-        server.service.section()[OTHER]["dropped"] + server.service.section()[UID]["dropped"] == 1
+        server.service.section()[OTHER]["dropped"] + server.service.section()[UID]["dropped"] == 2
     )
+
+
+async def test_experts_that_fail_together_are_computed_one_by_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("of torch")
+
+    monkeypatch.setattr(grouped, "forward", fail)
+    call = await server.answer(forward((UID, rows(2)), (OTHER, rows(1))))
+    assert call.codes == ["", ""]
+    assert torch.allclose(call.replies[1][1][0], server.module(OTHER)(rows(1)), atol=1e-6)
 
 
 # ------------------------------------------------------------------ figures
@@ -286,7 +326,12 @@ async def test_the_status_tells_what_each_expert_has_done(server: Server) -> Non
     assert server.service.section()[OTHER]["calls"] == 0
 
 
-async def test_an_error_inside_an_expert_is_told_to_its_operator_too(server: Server) -> None:
+async def test_an_error_inside_an_expert_is_told_to_its_operator_too(
+    nursery: trio.Nursery,
+) -> None:
+    alone = ExpertClass(name="nop", hidden_dim=4)
+    server = await Server().open(nursery, UID, OTHER, expert_class=alone)
+
     def fail(*_: object) -> None:
         raise KeyError("of the module")
 

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from p2pmoe.errors import ConfigurationError, ExpertUnavailable
-from p2pmoe.experts.compute import ComputeParams
-from p2pmoe.experts.service import ServeParams
-from p2pmoe.experts.serving import Server, ServerConfig, serve_experts
+from p2pmoe.errors import ConfigurationError, ExpertUnavailable, PeerUnreachable
+from p2pmoe.experts import serving
+from p2pmoe.experts.serving import ServerConfig, serve_experts
 from p2pmoe.experts.uid import ExpertUid, Grid
-from p2pmoe.identity import KeyPair
-from p2pmoe.node import Node, NodeConfig, open_node
-from p2pmoe.testing.memory import MemoryNetwork
-from p2pmoe.wire.address import Address
-
-GRID = Grid("ffn", (2, 2))
-PARAMS = ServeParams(compute=ComputeParams(threaded=False))
-FIRST = ServerConfig(create=True, grids=(GRID,), experts=2, hidden_dim=4, params=PARAMS)
-JOINER = ServerConfig(experts=2, params=PARAMS)
-
-
-class World:
-    """A network; its hosts are named by the number of their key."""
-
-    def __init__(self) -> None:
-        self.dice = random.Random(1)
-        self.network = MemoryNetwork(self.dice)
-
-    @asynccontextmanager
-    async def node(self, number: int, *peers: Node) -> AsyncIterator[Node]:
-        """A node of its own host, which joins by these."""
-        keys = KeyPair.from_seed(bytes([number]) * 32)
-        config = NodeConfig(
-            peers=tuple(peer.address for peer in peers if peer.address),
-            new_swarm=not peers,
-            listen=Address(f"host{number}", 4747),
-            keys=keys,
-            wall_clock=lambda: 1.0e9,
-        )
-        transport = self.network.transport(keys, f"host{number}")
-        async with open_node(config, transport=transport, rng=self.dice) as node:
-            yield node
-
-    @asynccontextmanager
-    async def server(
-        self, number: int, config: ServerConfig, *peers: Node
-    ) -> AsyncIterator[tuple[Node, Server]]:
-        async with self.node(number, *peers) as node, serve_experts(node, config, self.dice) as it:
-            yield node, it
+from p2pmoe.node import Node
+from tests.experts.world import FIRST, GRID, JOINER, PARAMS, World
 
 
 @pytest.fixture
@@ -183,3 +142,36 @@ async def test_without_grid_and_experts_there_is_nothing_to_serve(
     async with world.node(1) as node, world.server(2, nothing, node) as (_, server):
         assert server.uids == ()
         assert server.grids == ()
+
+
+class Heirs:
+    """A node whose leases other peers take, refuse, or do not answer for."""
+
+    def __init__(self, **takes: object) -> None:
+        self.dht, self.takes, self.asked = self, takes, list[str]()
+
+    async def transfer(self, grid: bytes, uid: str, to: str) -> bool:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(to)
+        answer = self.takes[to]
+        if isinstance(answer, Exception):
+            raise answer
+        return bool(answer)
+
+
+@pytest.mark.parametrize(
+    ("takes", "asked"),
+    [
+        ({"one": True, "two": True}, ["two"]),
+        ({"one": True, "two": False}, ["two", "one"]),
+        ({"one": False, "two": PeerUnreachable("gone")}, ["two", "one"]),
+        ({"none": True}, []),
+    ],
+)
+async def test_a_lease_goes_to_whoever_has_most_room_and_takes_it(
+    takes: dict[str, object], asked: list[str]
+) -> None:
+    heirs = Heirs(**takes)
+    free = {name: room for name, room in (("one", 2), ("two", 5), ("none", 0)) if name in takes}
+    await serving._hand_over(heirs, bytes(32), "ffn.0.0", free)  # type: ignore[arg-type]  # as much as it needs
+    assert heirs.asked == asked

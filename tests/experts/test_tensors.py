@@ -12,7 +12,9 @@ from p2pmoe.experts.tensors import (
     describe,
     find_device,
     from_wire,
+    rows_to_wire,
     to_wire,
+    together,
 )
 from p2pmoe.wire.tensor import join, split
 
@@ -115,3 +117,35 @@ def test_a_device_is_found_by_its_name() -> None:
 def test_a_device_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"device '{name}'"):
         find_device(name)
+
+
+def test_rows_side_by_side_travel_as_one_piece_of_memory() -> None:
+    whole = torch.arange(12.0).view(6, 2)
+    (described,), (piece,) = rows_to_wire([whole.split([1, 3, 2])])
+    assert described.shape == (6, 2)
+    whole[5, 1] = 7.0
+    assert bytes(piece) == bytes(whole.numpy().data)
+
+
+@pytest.mark.parametrize("order", [(1, 0), (0, 2), (0, 0)])
+def test_rows_from_here_and_there_travel_in_their_order(order: tuple[int, int]) -> None:
+    pieces = torch.arange(12.0).view(6, 2).split(2)
+    chosen = [pieces[at] for at in order]
+    (described, other), payload = rows_to_wire([chosen, [torch.ones(4)]])
+    sent = memoryview(bytearray(b"".join(payload)))
+    views = split(sent, (described, other))
+    assert torch.equal(from_wire(described, views[0]), torch.cat(chosen))
+    assert torch.equal(from_wire(other, views[1]), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [torch.ones(2, 3)],
+        [torch.zeros(1, 3), torch.ones(2, 3)],
+        list(torch.randn(5, 3).split(2)),
+        list(torch.randn(3, 5).t().split(2)),
+    ],
+)
+def test_rows_are_put_together(pieces: list[torch.Tensor]) -> None:
+    assert torch.equal(together(pieces), torch.cat(pieces))

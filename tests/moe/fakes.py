@@ -20,6 +20,7 @@ from p2pmoe.dht.service import PrefixView
 from p2pmoe.errors import LeaseLost, P2PMoEError, PeerUnreachable, QuorumNotReached
 from p2pmoe.experts.messages import (
     FORWARD,
+    Answer,
     BackwardRequest,
     ExpertInfo,
     ForwardRequest,
@@ -28,21 +29,35 @@ from p2pmoe.experts.messages import (
     PartReply,
     TensorSpec,
 )
-from p2pmoe.experts.tensors import describe, dtype_name, from_wire, to_wire
+from p2pmoe.experts.tensors import dtype_name, from_wire, rows_to_wire
 from p2pmoe.experts.uid import Grid
 from p2pmoe.identity import PeerId
 from p2pmoe.swarm import Swarm, start_swarm
 from p2pmoe.wire import schema
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.peer_record import Contact
-from p2pmoe.wire.tensor import join, split
+from p2pmoe.wire.tensor import split
 
 NAME = "ffn"
 LEASE = 7
 
 
+def done(index: int) -> PartReply:
+    """A part that went well."""
+    return PartReply(index=index, step=0, code="", detail="")
+
+
 def peer(number: int) -> PeerId:
     return PeerId(number.to_bytes(32, "big"))
+
+
+@dataclass
+class Asked:
+    """A part of a request, and its rows."""
+
+    request: Any
+    part: Any
+    tensors: list[torch.Tensor]
 
 
 @dataclass
@@ -61,24 +76,24 @@ class Expert:
     updates: list[bytes] = field(default_factory=list)
     dry_runs: int = 0
 
-    def forward(self, part: Any, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        self.rows.append(len(tensors[0]))
+    def forward(self, asked: Asked) -> Sequence[torch.Tensor]:
+        self.rows.append(asked.part.rows)
         with torch.no_grad():
-            out = self.module(*tensors)
+            out = self.module(*asked.tensors)
         return [self.spoil(one) for one in (out if isinstance(out, tuple) else (out,))]
 
-    def backward(self, part: Any, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        self.dry_runs += part.dry_run
-        self.updates.append(part.update)
+    def backward(self, asked: Asked) -> Sequence[torch.Tensor]:
+        self.dry_runs += asked.request.dry_run
+        self.updates.append(asked.part.update)
+        count = len(asked.request.inputs)
         inputs = [
-            one.clone().requires_grad_(one.is_floating_point())
-            for one in tensors[: len(part.inputs)]
+            one.clone().requires_grad_(one.is_floating_point()) for one in asked.tensors[:count]
         ]
         with torch.enable_grad():
             out = self.module(*inputs)
         out = out if isinstance(out, tuple) else (out,)
         differentiable = [one for one in inputs if one.requires_grad]
-        grads = torch.autograd.grad(out, differentiable, tensors[len(part.inputs) :])
+        grads = torch.autograd.grad(out, differentiable, asked.tensors[count:])
         return [self.spoil(one) for one in grads]
 
 
@@ -97,9 +112,10 @@ class Pool:
         self.resting: set[PeerId] = set()
         self.calls: list[tuple[str, PeerId, int]] = []
         self.cancelled = 0
+        self.trainers = 0  # others, as servers say
         self.talkative = False  # whether servers speak of each other's experts
         self.silent: set[str] = set()  # experts whose part is never answered
-        self.reply: Callable[[PartReply], PartReply] = lambda reply: reply
+        self.reply: Callable[[Answer], Answer] = lambda answer: answer
 
     def usable(self, to: PeerId) -> bool:
         return to not in self.resting
@@ -112,7 +128,8 @@ class Pool:
         infos = tuple(
             self._info(uid) for uid in told if self.talkative or self.experts[uid].peer == to.peer
         )
-        return Part(schema.encode(InfoReply(experts=infos)), memoryview(b""))
+        reply = InfoReply(experts=infos, trainers=self.trainers)
+        return Part(schema.encode(reply), memoryview(b""))
 
     def _info(self, uid: str) -> ExpertInfo:
         one = self.experts[uid]
@@ -133,16 +150,15 @@ class Pool:
         assert bulk
         request = schema.decode(body, ForwardRequest if method == FORWARD else BackwardRequest)
         self._dial(to.peer, method, len(request.parts))
-        own = [
-            one.tensors if method == FORWARD else (*one.inputs, *one.grads) for one in request.parts
-        ]
-        every = [one for some in own for one in some]
+        every = request.inputs if method == FORWARD else (*request.inputs, *request.grads)
         tensors = map(from_wire, every, split(memoryview(bytearray(b"".join(payload))), every))
-        send, receive = trio.open_memory_channel[Part](len(own))
+        rows = [part.rows for part in request.parts]
+        own = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
+        send, receive = trio.open_memory_channel[Part](len(rows))
         async with trio.open_nursery() as answers:
             for index, part in enumerate(request.parts):
-                mine = [next(tensors) for _ in own[index]]
-                answers.start_soon(self._answer, to.peer, index, part, mine, send.clone())
+                ask = Asked(request, part, list(own[index]))
+                answers.start_soon(self._answer, to.peer, index, ask, send.clone())
             send.close()
             failure = None
             try:
@@ -157,9 +173,10 @@ class Pool:
             raise failure
 
     async def _answer(
-        self, to: PeerId, index: int, part: Any, tensors: list, send: trio.MemorySendChannel[Part]
+        self, to: PeerId, index: int, asked: Asked, send: trio.MemorySendChannel[Part]
     ) -> None:
         async with send:
+            part = asked.part
             expert = self.experts[part.uid]
             expert.asked.set()
             await trio.sleep(expert.delay)
@@ -171,13 +188,14 @@ class Pool:
                 if (expert.peer, expert.lease) != (to, part.lease):
                     raise LeaseLost(f"{part.uid} is not served here")
                 run = expert.backward if hasattr(part, "update") else expert.forward
-                out = run(part, tensors)
+                out = run(asked)
             except P2PMoEError as error:
-                reply, pieces = PartReply(index=index, code=error.code, detail=str(error)), []
+                failed = PartReply(index=index, step=0, code=error.code, detail=str(error))
+                hint = round(1000 * (getattr(error, "retry_after", None) or 0))
+                reply, pieces = Answer(parts=(failed,), retry_after_ms=hint), []
             else:
-                described = tuple(map(describe, out))
-                reply = PartReply(index=index, tensors=described)
-                pieces = join(described, [to_wire(one) for one in out])
+                described, pieces = rows_to_wire([(one,) for one in out])
+                reply = Answer(parts=(done(index),), tensors=described)
             payload = memoryview(bytearray(b"".join(pieces)))
             await send.send(Part(schema.encode(self.reply(reply)), payload))
 
@@ -189,14 +207,16 @@ class Watch:
         self.name = NAME
         self.current: Any = None
         self.pokes = 0
+        self.wrong: list[str] = []
         self.doubted: frozenset[PeerId] = frozenset()
         self._changed = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
 
-    def poke(self) -> None:
+    def poke(self, wrong: Iterable[str] = ()) -> None:
         self.pokes += 1
+        self.wrong = list(wrong)
 
     async def changed(self) -> None:
         await self._changed.wait()

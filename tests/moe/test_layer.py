@@ -206,7 +206,7 @@ def test_gradients_that_are_not_finite_stay_here() -> None:
 @pytest.mark.parametrize("on_missing", ["zero", "skip", "raise"])
 def test_rows_without_survivors_follow_the_declared_policy(on_missing: str) -> None:
     with swarm_of(GRIDS[0]) as fake:
-        options = {"on_missing": on_missing, "k_best": 1}
+        options = {"on_missing": on_missing, "k_best": 1, "hedge": 0.0}
         layer = DMoE(fake.swarm, grid="ffn", in_features=D, **options).double()
         x = torch.randn(20, D, dtype=torch.float64, requires_grad=True)
         with torch.no_grad():

@@ -17,30 +17,30 @@ def rows(*parts: list[int]) -> dict[int, np.ndarray]:
 def test_grace_begins_when_every_row_has_an_answer() -> None:
     quorum = Quorum(rows([0, 1], [1, 2], [0, 2]), 3, PARAMS, now=10.0)
     assert quorum.next_deadline() == 12.0
-    quorum.answered(0, now=10.5)
+    quorum.answered([0], now=10.5)
     assert quorum.next_deadline() == 12.0
     assert quorum.served.tolist() == [True, True, False]
-    quorum.answered(2, now=11.0)
+    quorum.answered([2], now=11.0)
     assert quorum.served.all()
     assert quorum.next_deadline() == pytest.approx(11.2)
-    quorum.answered(1, now=11.1)
+    quorum.answered([1], now=11.1)
     assert quorum.waited(now=11.1) == pytest.approx(1.0)
     assert quorum.next_deadline() == pytest.approx(11.2)
 
 
 def test_a_row_needs_k_min_answers_of_its_own() -> None:
     quorum = Quorum(rows([0, 1], [0]), 2, QuorumParams(2, 0.2, 2.0, 5.0), now=0.0)
-    quorum.answered(0, now=0.1)
-    quorum.answered(1, now=0.3)
+    quorum.answered([0], now=0.1)
+    quorum.answered([1], now=0.3)
     assert quorum.served.tolist() == [True, False]
     assert quorum.next_deadline() == pytest.approx(0.5)
 
 
 def test_a_row_whose_parts_all_failed_keeps_nobody_waiting() -> None:
     quorum = Quorum(rows([0], [1], [1]), 2, PARAMS, now=0.0)
-    quorum.failed(0, now=0.1)
+    quorum.failed([0], now=0.1)
     assert quorum.next_deadline() == 2.0
-    quorum.answered(1, now=0.4)
+    quorum.answered([1], now=0.4)
     assert quorum.next_deadline() == pytest.approx(0.6)
     assert quorum.served.tolist() == [False, True]
 
@@ -48,14 +48,14 @@ def test_a_row_whose_parts_all_failed_keeps_nobody_waiting() -> None:
 def test_neither_patience_nor_grace_goes_beyond_the_timeout() -> None:
     quorum = Quorum(rows([0], [0]), 1, QuorumParams(1, 1.0, math.inf, 5.0), now=0.0)
     assert quorum.next_deadline() == 5.0
-    quorum.answered(0, now=4.5)
+    quorum.answered([0], now=4.5)
     assert quorum.next_deadline() == 5.0
 
 
 def test_a_batch_without_answers_waited_until_now() -> None:
     quorum = Quorum(rows([0]), 1, PARAMS, now=1.0)
     assert quorum.waited(now=3.0) == 2.0
-    quorum.failed(0, now=3.5)
+    quorum.failed([0], now=3.5)
     assert quorum.waited(now=4.0) == 3.0
 
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from p2pmoe.dht.messages import Manifest, TensorSchema
 from p2pmoe.errors import ExpertUnavailable, MalformedMessage, RemoteError
-from p2pmoe.experts.messages import FORWARD, INFO, PartReply, TensorSpec
+from p2pmoe.experts.messages import FORWARD, INFO, Answer, TensorSpec
 from p2pmoe.moe.calls import Ask, Crossing
 from p2pmoe.moe.quorum import QuorumParams
 from p2pmoe.moe.service import ASK_AGAIN, MixtureService
-from tests.moe.fakes import LEASE, NAME, Dht, Expert, Pool, Watch, peer
+from tests.moe.fakes import LEASE, NAME, Dht, Expert, Pool, Watch, done, peer
 
 ROW = TensorSpec(dtype="float32", shape=(3,))
 MANIFEST = Manifest(
@@ -225,7 +225,7 @@ async def test_a_call_that_is_answered_wrongly_fails_for_what_is_left_of_it(
     index: int, failures: int, autojump_clock
 ) -> None:
     pool, watch = Pool(experts(), ((ROW,), (ROW,))), Watch()
-    pool.reply = lambda reply: PartReply(index=index, tensors=reply.tensors)
+    pool.reply = lambda answer: Answer(parts=(done(index),), tensors=answer.tensors)
     watch.tell(MANIFEST, leases(pool))
     async with running(pool, watch) as service:
         outcome = await service.cross(crossing(pool, WAIT))
