@@ -45,17 +45,25 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run the tests; without arguments all of them, with the coverage that the house asks for."""
+    """Run the tests; without arguments all, two at a time, with the coverage the house asks for."""
     if session.posargs:
         shared(session, "dev", "-m", "pytest", *session.posargs)
     else:
-        shared(session, "dev", "-m", "coverage", "run", "-m", "pytest", "-p", "tests.coverage_gate")
+        measured = ["--cov", "--cov-report=", "-p", "tests.coverage_gate"]
+        shared(session, "dev", "-m", "pytest", "-n", "2", "--dist", "loadgroup", *measured)
 
 
 @nox.session(venv_backend="none")
 def soak(session: nox.Session) -> None:
     """Run the long profiles that the ordinary tests leave out."""
     shared(session, "dev,fuzz", "-m", "pytest", "-m", "soak", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Measure how near the machine's own limits are, and what changed; `-- --update` keeps it."""
+    baseline = ["bench", "baseline", ".ci/bench.json", *session.posargs]
+    shared(session, "dev", "-m", "p2pmoe", *baseline)
 
 
 @nox.session(venv_backend="none")

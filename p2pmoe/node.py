@@ -7,6 +7,7 @@ Parts are begun in floor order and end in reverse. What the network learns goes 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -76,6 +77,7 @@ class NodeConfig:
     stop_within: float = 20.0
     pool: PoolParams = field(default_factory=PoolParams)
     membership: MembershipParams = field(default_factory=MembershipParams)
+    dht: DhtParams = field(default_factory=DhtParams)
     wall_clock: Callable[[], float] = time.time  # seconds since 1970: the epoch, nothing else
 
 
@@ -93,6 +95,7 @@ class Node:
         self.dht: DhtService
         self.gossip: GossipService | None = None  # of a node that can be dialled
         self.load: Callable[[], tuple[int, int]] = lambda: (0, 0)  # per mille busy, free slots
+        self.end_by = math.inf  # when it has ended at the latest, if that is known before it ends
         self._config, self._state = config, state
         self._start_task = parts.start
         self._started_at = trio.current_time()
@@ -115,6 +118,11 @@ class Node:
     def wall_clock(self) -> float:
         """Seconds since 1970, as this machine has it."""
         return self._config.wall_clock()
+
+    @property
+    def folder(self) -> Path | None:
+        """The state folder, if it has one."""
+        return self._state.folder
 
     @property
     def record(self) -> Signed[PeerRecord] | None:
@@ -171,14 +179,8 @@ class Node:
         self.pool = Pool(transport, self._greeting, self.network, self._config.pool, rng)
         self.pool.observers.append(self._observe)
         answer_operators(self)
-        self.dht = DhtService(
-            self.pool,
-            self.keys,
-            self.network,
-            lambda: self._record,
-            DhtParams(amnesia=amnesia, folder=self._state.folder),
-            rng,
-        )
+        dht = replace(self._config.dht, amnesia=amnesia, folder=self._state.folder)
+        self.dht = DhtService(self.pool, self.keys, self.network, lambda: self._record, dht, rng)
 
     def _become_member(self, bound: Address, rng: random.Random) -> GossipService:
         """The node can be dialled at this address."""
@@ -368,7 +370,7 @@ async def _begin(
 
 async def _end(node: Node, within: float) -> None:
     """Leave, finish the calls in flight and say goodbye, for `within` seconds at most."""
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + within):
+    with trio.CancelScope(shield=True, deadline=min(trio.current_time() + within, node.end_by)):
         if node.gossip is not None:
             await node.gossip.leave()
         await node.pool.drain()

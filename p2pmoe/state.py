@@ -3,7 +3,8 @@
     key.pem   the identity, 0600, made at the first start
     epoch     the last epoch used, milliseconds since 1970, as text
     peers     the live members that it knew last, a line each: when (ms since 1970), and the record
-    lock      held while a process uses the folder, so that two never share a key
+    leaving   while it leaves: how many experts it had, and how many it has
+    lock      held while a process uses the folder, so that two never share a key; its pid as text
 
 The folder belongs to one process from `open_state` until that block ends.
 """
@@ -14,7 +15,7 @@ import base64
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ KEY_FILE = "key.pem"
 EPOCH_FILE = "epoch"
 PEERS_FILE = "peers"
 LOCK_FILE = "lock"
+LEAVING_FILE = "leaving"
 MOST_PEERS = 256  # that are remembered: 220 KB at most; a guess
 MOST_LINE_BYTES = 1024  # of one; a record of 600 bytes takes 800, and the time 14
 
@@ -67,6 +69,19 @@ def open_state(folder: Path, now_ms: int) -> Iterator[State]:
     `StateError` when the folder cannot be made or another process holds it, `KeyFileError` when
     its key is not a key.
     """
+    with hold_folder(folder):
+        keys = load_or_create_key(folder / KEY_FILE)
+        last = _last_epoch(folder)
+        epoch = max(now_ms, last + 1)
+        _save_epoch(folder, epoch)
+        (folder / LEAVING_FILE).unlink(missing_ok=True)  # of a run that was killed
+        yield State(keys, epoch, last > 0, folder, _last_peers(folder))
+        (folder / LEAVING_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Use the folder alone, making it where it is missing; `StateError` when another one does."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -74,13 +89,42 @@ def open_state(folder: Path, now_ms: int) -> Iterator[State]:
         raise StateError(f"cannot use the state folder {folder}: {error.strerror}") from None
     try:
         _lock(lock, folder)
-        keys = load_or_create_key(folder / KEY_FILE)
-        last = _last_epoch(folder)
-        epoch = max(now_ms, last + 1)
-        _save_epoch(folder, epoch)
-        yield State(keys, epoch, last > 0, folder, _last_peers(folder))
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+        yield
     finally:
         os.close(lock)
+
+
+def running(folder: Path) -> int | None:
+    """The pid of the process that uses the folder now, None when none does."""
+    try:
+        lock = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        text = os.read(lock, 32).decode(errors="replace").strip()
+        return int(text) if text.isdecimal() and int(text) > 0 else None
+    finally:
+        os.close(lock)
+    return None
+
+
+def tell_leaving(folder: Path, had: int, left: int) -> None:
+    """Write down for whoever watches how far the node has left; blocking, a few bytes."""
+    with suppress(OSError):  # nobody depends on it
+        _replace(folder / LEAVING_FILE, f"{had} {left}\n")
+
+
+def leaving(folder: Path) -> tuple[int, int] | None:
+    """How many experts a node that leaves had and has, None when nothing is said."""
+    try:
+        had, left = map(int, (folder / LEAVING_FILE).read_text().split())
+    except (OSError, ValueError):
+        return None
+    return had, left
 
 
 def load_or_create_key(path: Path) -> KeyPair:

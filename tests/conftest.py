@@ -1,8 +1,11 @@
-"""What all tests share: chance that is seeded, and a log that no test leaves configured.
+"""What all tests share: chance that is seeded, a log that no test leaves configured, and turns.
 
 Hypothesis takes the same examples in every run, and Trio runs tasks that are ready at once in the
 same order, so that a run can be repeated. To look for other examples and orders:
 `pytest --hypothesis-profile=explore`.
+
+Each test begins with the same seed, so it does not matter which came before it, or in which worker
+of `pytest -n 2` it runs. Real processes take turns: what starts any goes to one worker.
 """
 
 from collections.abc import Iterator
@@ -12,9 +15,19 @@ import structlog
 import trio
 from hypothesis import settings
 
+PROCESSES = {"scenarios", "bench"}  # folders of tests that start any
+
 settings.register_profile("default", derandomize=True, deadline=None, database=None)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: one scenario after another, beside tests that start nothing."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if PROCESSES & set(item.path.parts):
+                item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(autouse=True)

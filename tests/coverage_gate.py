@@ -1,7 +1,8 @@
 """Coverage, said before pytest's own closing line: the cores whole, of everything nearly all.
 
-A plugin that `nox -s tests` loads when it runs all tests under coverage; a part of the tests
-covers only a part of the code. The list of the cores is the one that the floors check.
+A plugin that `nox -s tests` loads when it runs all tests; a part of them covers only a part of the
+code. What pytest-cov has gathered from its workers is judged here. The list of the cores is the one
+that the floors check.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def cores() -> list[Path]:
     return packages + [path.with_suffix(".py") for path in paths if not path.is_dir()]
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-cov, which writes what is read here
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     result = yield
-    measured = coverage.Coverage.current()
-    assert measured is not None, "run this plugin under `coverage run`"
-    measured.stop()
+    if hasattr(session.config, "workerinput"):  # a worker of pytest-xdist
+        return result
+    measured = coverage.Coverage()
+    measured.load()
     _report.write("All of it, processes of the scenarios aside:\n")
     total = measured.report(file=_report)
     _report.write("\nThe cores:\n")
@@ -47,6 +49,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     return result
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("coverage")
     terminalreporter.write(_report.getvalue())

@@ -33,12 +33,17 @@ class Ratio:
     better: float
 
 
-def read(file: Path) -> dict[tuple[str, str], float]:
-    """The median of each figure by benchmark and name; `ConfigurationError` for other files."""
+def read(file: Path, system: str | None = None) -> dict[tuple[str, str], float]:
+    """The median of each figure by benchmark and name, of one system or of all in a file.
+
+    `ConfigurationError` for a file of something else.
+    """
     values: dict[tuple[str, str], list[float]] = {}
     try:
         for line in filter(str.strip, file.read_text().splitlines()):
             result = json.loads(line)
+            if system is not None and result["system"] != system:
+                continue
             for name, value in _figures(result["metrics"]):
                 values.setdefault((_name(result), name), []).append(value)
     except OSError as error:

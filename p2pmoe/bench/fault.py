@@ -1,4 +1,4 @@
-"""One of two servers is killed while a trainer trains, or one expert sleeps: what steps become."""
+"""A server is killed while a trainer trains, or one expert sleeps: what becomes of the steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
 from p2pmoe.bench.servers import connected, processes, start_grid
-from p2pmoe.bench.work import Metrics, latency_summary, now, record
+from p2pmoe.bench.work import Metrics, latency_summary, ms, now, record
 from p2pmoe.errors import P2PMoEError
+from p2pmoe.experts.messages import FORWARD
 from p2pmoe.experts.uid import Grid
 from p2pmoe.moe.layer import DMoE, MixtureInfo
 
@@ -20,10 +21,16 @@ LEARNING_RATE = 1e-2  # of the gate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultParams:
-    """`kill` tree: SIGKILL for the second server `before` seconds after the start; then `after`."""
+    """`kill` tree: SIGKILL for the second server `before` seconds after the start; then `after`.
+
+    With `slow`, nobody is killed, and one expert of the first server sleeps so many seconds
+    whenever it is asked, from the start on.
+    """
 
     grid: tuple[int, int] = (8, 8)
+    servers: int = 2
     kill: str = "tree"
+    slow: float = 0.0
     batch: int = 16
     k: int = 4
     hidden: int = 64
@@ -40,6 +47,8 @@ class Step:
     error: str = ""
     asked_victim: int = 0
     asked: int = 0
+    rows: int = 0
+    bare: int = 0  # rows for which nobody answered
     misses: dict[str, int] = field(default_factory=dict)
 
 
@@ -49,16 +58,27 @@ def run(params: FaultParams) -> Metrics:
     torch.manual_seed(0)
     grid = Grid("bench", params.grid)
     with processes() as servers:
-        start_grid(servers, grid, params.hidden, "Ffn", count=2)
-        doomed = frozenset(servers[1].ready["experts"])
+        expert_class = "Drowsy" if params.slow else "Ffn"
+        start_grid(
+            servers,
+            grid,
+            params.hidden,
+            expert_class,
+            count=params.servers,
+            sleep=params.slow,
+        )
+        killing = params.kill == "tree" and not params.slow
+        doomed = frozenset(servers[1].ready["experts"] if killing else ())
         with connected(servers, grid) as swarm:
             layer = DMoE(swarm, str(grid), params.hidden, k_best=params.k)
             before = _train(layer, params, params.before, doomed)
             event = now()
-            if params.kill == "tree":
+            if killing:
                 servers[1].kill()
             after = _train(layer, params, params.after, doomed)
-    return record("fault", asdict(params), _metrics(params, event, before, after))
+            patience = layer.params.grace + layer.waits[FORWARD].median
+    metrics = _metrics(params, event, before, after)
+    return record("fault", asdict(params), metrics | {"patience_ms": ms(patience)})
 
 
 def _train(layer: DMoE, params: FaultParams, seconds: float, doomed: frozenset[str]) -> list[Step]:
@@ -75,6 +95,7 @@ def _train(layer: DMoE, params: FaultParams, seconds: float, doomed: frozenset[s
             sgd.step()
             one.asked_victim, one.asked = _asked(info, doomed)
             one.misses = info.misses
+            one.rows, one.bare = _bare(info)
             if not torch.isfinite(loss):
                 one.error = "loss is not finite"
         except P2PMoEError as error:
@@ -86,8 +107,14 @@ def _train(layer: DMoE, params: FaultParams, seconds: float, doomed: frozenset[s
 
 def _asked(info: MixtureInfo, doomed: frozenset[str]) -> tuple[int, int]:
     """How many choices of this step fell on experts of the server that died, and on any."""
-    chosen = [info.uids[cell] for cell in info.chosen_TK.flatten().tolist()]
+    chosen = [info.uids[cell] for cell in info.chosen_TK.flatten().tolist() if cell >= 0]
     return sum(uid in doomed for uid in chosen), len(chosen)
+
+
+def _bare(info: MixtureInfo) -> tuple[int, int]:
+    """How many rows there were, and how many of them nobody answered for."""
+    answers_T = info.answered_TK.sum(dim=1)
+    return len(answers_T), int((answers_T == 0).sum())
 
 
 def _metrics(params: FaultParams, event: float, before: list[Step], after: list[Step]) -> Metrics:
@@ -110,9 +137,20 @@ def _metrics(params: FaultParams, event: float, before: list[Step], after: list[
         "first_good_step_ended_after_s": _rounded(ended),
         "last_step_asking_the_victim_began_after_s": _since(event, asked[-1:]),
         "first_step_without_the_victim_began_after_s": _since(event, clean[:1]),
+        "rows_without_survivors": {
+            "before": _share(before),
+            "after": _share(after),
+            "after_3s": _share([step for step in after if step.began >= event + 3]),
+        },
         "errors": dict(Counter(step.error for step in after if step.error)),
         "misses": dict(sum((Counter(step.misses) for step in after), Counter())),
     }
+
+
+def _share(steps: list[Step]) -> float | None:
+    """Of rows for which nobody answered."""
+    rows = sum(step.rows for step in steps)
+    return round(sum(step.bare for step in steps) / rows, 5) if rows else None
 
 
 def _since(event: float, steps: list[Step]) -> float | None:

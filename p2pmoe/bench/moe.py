@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
 from p2pmoe.bench.servers import connected, processes, start_grid
+from p2pmoe.bench.stages import drawn, watch
 from p2pmoe.bench.work import Metrics, Tally, latency_summary, memory_of, ms, now, record
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.uid import Grid
@@ -22,7 +24,10 @@ LEARNING_RATE = 1e-2  # of the gate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeParams:
-    """`grid` is rows and columns, `beam` counts single searches, `seconds` are a batch size's."""
+    """`grid` is rows and columns, `beam` counts single searches, `seconds` are a batch size's.
+
+    `profile` is where a picture of one step of the first batch size is put.
+    """
 
     grid: tuple[int, int] = (8, 8)
     hidden: int = 64
@@ -32,6 +37,7 @@ class MoeParams:
     trainers: int = 1
     seconds: float = 12.0
     beam: int = 100
+    profile: Path | None = None
 
 
 def run(params: MoeParams) -> Metrics:
@@ -59,7 +65,17 @@ def run(params: MoeParams) -> Metrics:
                     **latency_summary(tally.latencies),
                     **tally.failures(),
                 }
-    return record("moe_layer", asdict(params), metrics)
+            if params.profile:
+                metrics["stages_ms"] = _profile(layers[0], params.batches[0], params.profile)
+    return record("moe_layer", asdict(params) | {"profile": bool(params.profile)}, metrics)
+
+
+def _profile(layer: DMoE, batch: int, picture: Path) -> Metrics:
+    """Where one step's time goes, also as a picture."""
+    sgd = torch.optim.SGD(layer.parameters(), lr=LEARNING_RATE)
+    stages = watch(layer, lambda: step(layer, batch, sgd))
+    picture.write_text(drawn(stages, f"A step of {batch} rows"), encoding="utf-8")
+    return stages
 
 
 def run_beam(params: MoeParams) -> Metrics:

@@ -1,7 +1,8 @@
 """`p2pmoe bench`: how fast it is here, by real processes on loopback, and compared to others.
 
 What can be measured stands in `ITEMS`. Each prints one JSON line a run with `--json`, and a table
-of its figures otherwise. `compare` reads two files of such lines.
+of its figures otherwise. `compare` reads two files of such lines, `table` makes the table of a page
+of one; `baseline` measures how near the machine's own limits are, and what changed since.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ ITEMS = {
     "dht": "Peers of the DHT: storing and reading 1 KB values, also after a third was killed.",
     "footprint": "Memory and processes of an idle peer and of an idle server.",
     "startup": "Seconds from a server's start to its first answer.",
-    "fault": "Training steps while one of two servers is killed.",
+    "fault": "Training steps while one of two servers is killed, or one expert is slow.",
     "local": "The limit: the same work in plain torch, in one process.",
 }
+
+ON_FILES = ("compare", "table", "baseline")
 
 
 class Numbers(click.ParamType[tuple[int, ...]]):
@@ -47,7 +50,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 
 
 @click.command("bench", cls=Verb)
-@click.argument("item", type=click.Choice([*ITEMS, "compare"]), metavar="ITEM")
+@click.argument("item", type=click.Choice([*ITEMS, *ON_FILES]), metavar="ITEM")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--cls", type=click.Choice(["bench_nop", "bench_ffn"]), help="rpc: the expert.")
 @click.option("--hidden", type=click.IntRange(min=1), help="Width of the rows.")
@@ -56,21 +59,27 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--concurrency", type=Numbers(), help="rpc: callers at once.")
 @click.option("--grid", type=Numbers(), metavar="RxC", help="moe, beam, local: the experts.")
 @click.option("--k", type=click.IntRange(min=1), help="Experts of a row.")
-@click.option("--servers", type=click.IntRange(min=1), help="moe: server processes.")
+@click.option("--servers", type=click.IntRange(min=1), help="moe, fault: server processes.")
 @click.option("--trainers", type=click.IntRange(min=1), help="moe: trainers at once.")
 @click.option("--peers", type=click.IntRange(min=2), help="dht: peer processes.")
 @click.option("--keys", type=click.IntRange(min=1), help="dht: values, and four times as many.")
 @click.option("--width", type=click.IntRange(min=1), help="dht: operations at once.")
 @click.option("--kill-third", type=click.Choice(["no", "both"]), help="dht: kill peers half-way.")
 @click.option("--kill", type=click.Choice(["none", "tree"]), help="fault: kill a server.")
+@click.option("--slow", type=float, help="fault: seconds that one expert sleeps at each call.")
 @click.option("--before", type=float, help="fault: seconds before it.")
 @click.option("--after", type=float, help="fault: seconds after it.")
 @click.option("--experts", type=click.IntRange(min=1), help="footprint: of the server.")
 @click.option("--threads", type=click.IntRange(min=1), help="local: of torch.")
 @click.option("--seconds", type=float, help="Of one figure.")
+@click.option("--beam", type=click.IntRange(min=1), help="moe, beam: single searches.")
+@click.option(
+    "--profile", type=click.Path(path_type=Path, dir_okay=False), help="moe: draw one step as SVG."
+)
 @click.option("--runs", type=click.IntRange(min=1), default=1, help="Lines to print.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 @click.option("--plot", type=click.Path(path_type=Path), help="compare: draw the ratios as SVG.")
+@click.option("--update", is_flag=True, help="baseline: keep what was measured.")
 def command(
     *,
     item: str,
@@ -78,23 +87,35 @@ def command(
     runs: int,
     as_json: bool,
     plot: Path | None,
+    update: bool,
     **options: Any,
 ) -> None:
     """Measure this installation on this machine.
 
-    ITEM is rpc, moe, beam, dht, footprint, startup, fault, local, or compare. An item takes those
-    of the options that its work has; without options it is the work that our figures are for.
+    ITEM is rpc, moe, beam, dht, footprint, startup, fault or local. An item takes those of the
+    options that its work has; without options it is the work that our figures are for. Or it is
+    compare, table or baseline, which take files.
 
     \b
     p2pmoe bench rpc --json > ours.jsonl
     p2pmoe bench compare theirs.jsonl ours.jsonl
+    p2pmoe bench table all.jsonl page.md
+    p2pmoe bench baseline kept.json
     """  # noqa: D301  click wants the character itself
     given = {name: value for name, value in options.items() if value is not None}
     if item == "compare":
         _compare(files, as_json=as_json, plot=plot, refused=sorted(given))
         return
-    if files or plot:
-        raise click.UsageError(f"{item} takes no files: only compare does")
+    if plot:
+        raise click.UsageError(f"{item} draws nothing: only compare does")
+    if item == "table":
+        _table(files)
+        return
+    if item == "baseline":
+        _baseline(files, given.get("seconds", 2.0), runs, update=update)
+        return
+    if files or update:
+        raise click.UsageError(f"{item} takes no files: only {', '.join(ON_FILES)} do")
     for run in range(runs):
         for line in _run(item, given):
             _show(line, as_json=as_json)
@@ -187,3 +208,27 @@ def _compare(
             print(
                 f"{one.better:10.3g} x  {one.bench}  {one.figure}  {one.theirs:g} -> {one.ours:g}"
             )
+
+
+def _table(files: tuple[Path, ...]) -> None:
+    from p2pmoe.bench.table import put, table
+
+    match files:
+        case (lines,):
+            print(table(lines), end="")
+        case (lines, page):
+            put(lines, page)
+        case _:
+            raise click.UsageError("table takes a file of lines, and a page to put the table in")
+
+
+def _baseline(files: tuple[Path, ...], seconds: float, runs: int, *, update: bool) -> None:
+    from p2pmoe.bench import baseline
+
+    if len(files) != 1:
+        raise click.UsageError("baseline takes one file, of the ratios that were kept")
+    kept = baseline.read(files[0])
+    found = baseline.medians([baseline.measure(seconds) for _ in range(runs)])
+    print("\n".join(baseline.differences(kept, found)))
+    if update:
+        baseline.write(files[0], found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,13 +14,14 @@ from p2pmoe.cli.units import DURATION
 
 if TYPE_CHECKING:
     from p2pmoe.dht.service import DhtService
+    from p2pmoe.node import Node
     from p2pmoe.wire.address import Address
 
 T = TypeVar("T")
 HERE = "127.0.0.1"
 GOODBYE = 1.0  # seconds; nobody waits for a verb that only asks
 
-OPTIONS = (
+WHERE = (
     click.option(
         "--peer",
         "peers",
@@ -28,14 +30,20 @@ OPTIONS = (
         help="A peer of the swarm; by default the node of this machine. May be repeated.",
     ),
     click.option("--network", default=NETWORK, help="The swarm's network."),
-    click.option("--timeout", type=DURATION, default="20s", help="Give up after so long."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
 )
 
 
-def joining_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def joining_options(
+    function: Callable[..., Any] | None = None, *, timeout: str = "20s"
+) -> Callable[..., Any]:
     """The options of every verb that joins for one question."""
-    for option in reversed(OPTIONS):
+    if function is None:
+        return partial(joining_options, timeout=timeout)
+    within = click.option(
+        "--timeout", type=DURATION, default=timeout, help="Give up after so long."
+    )
+    for option in (within, *reversed(WHERE)):
         function = option(function)
     return function
 
@@ -50,6 +58,10 @@ class Joining:
 
     def run(self, ask: Callable[[DhtService], Awaitable[T]]) -> T:
         """The answer to one question. Raises as `open_node`, `NotRunning`, or `CallTimeout`."""
+        return self.run_node(lambda node: ask(node.dht))
+
+    def run_node(self, ask: Callable[[Node], Awaitable[T]]) -> T:
+        """The same for what needs more than the DHT."""
         import trio
 
         from p2pmoe.cli.app import NotRunning
@@ -67,9 +79,7 @@ class Joining:
                 f"no node answers at {addresses[0]}: is it running? Name another one by --peer"
             ) from None
 
-    async def _ask(
-        self, addresses: tuple[Address, ...], ask: Callable[[DhtService], Awaitable[T]]
-    ) -> T:
+    async def _ask(self, addresses: tuple[Address, ...], ask: Callable[[Node], Awaitable[T]]) -> T:
         import trio
 
         from p2pmoe.errors import CallTimeout
@@ -80,7 +90,7 @@ class Joining:
         )
         with trio.move_on_after(self.timeout):
             async with open_node(config) as node:
-                return await ask(node.dht)
+                return await ask(node)
         raise CallTimeout(
             f"no answer in {self.timeout:g} s", stage="call", address=str(addresses[0])
         )

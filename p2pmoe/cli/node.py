@@ -1,7 +1,8 @@
 """`p2pmoe node`: a peer of the swarm, with experts or without, until it is told to stop.
 
-stdout has the banner, logs go to stderr. SIGINT or SIGTERM once: finish the calls, say goodbye,
-exit 0; twice: end now. SIGUSR1 writes tasks, connections and queues to the log.
+stdout has the banner, logs go to stderr. SIGINT or SIGTERM once: finish the calls, save the
+experts, hand them over, say goodbye, exit 0; twice: end now. SIGUSR1 writes tasks, connections and
+queues to the log.
 """
 
 from __future__ import annotations
@@ -102,6 +103,30 @@ class NodeVerb(Verb):
     help="Key and state; by default in the user's state folder. Of one node at a time.",
 )
 @click.option(
+    "--cells-a-peer",
+    type=click.IntRange(min=1),
+    default=16,
+    help="Free cells that this node lets one peer claim in 30 s.",
+)
+@click.option(
+    "--save-every", type=DURATION, default="5m", help="How often experts that learned are saved."
+)
+@click.option(
+    "--keep", type=click.IntRange(min=1), default=3, help="Saved files that stay, of each expert."
+)
+@click.option(
+    "--restore",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    help="Whether an expert begins as it was saved last, here or at other peers.",
+)
+@click.option(
+    "--copies",
+    type=click.IntRange(min=0, max=4),
+    default=2,
+    help="Other peers that keep a copy of what was saved last.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -113,7 +138,9 @@ class NodeVerb(Verb):
     default="console",
     help="Of the log and of the banner; json is one object a line.",
 )
-@click.option("--stop-within", type=DURATION, default="20s", help="For the goodbye.")
+@click.option(
+    "--stop-within", type=DURATION, default="20s", help="For saving, handing over, and the goodbye."
+)
 @click.option(
     "--seconds",
     type=DURATION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from p2pmoe.dht.reading import Searched
     from p2pmoe.dht.service import DhtService
     from p2pmoe.identity import PeerId
+    from p2pmoe.wire.envelope import Kind
 
 _DIGITS = re.compile(r"[0-9a-f]{64}\Z")
 COLUMNS = ("holder", "publisher", "says", "version", "left", "differs")
@@ -70,8 +72,8 @@ def facts_of(found: Searched, now: float) -> dict[str, Any]:
     """What each holder has, and in what it differs from what most of them say."""
     from p2pmoe.dht.reading import wanted_copies
 
-    kind = next((copy.signed.kind for copy in found.copies()), None)
-    wanted = [] if kind is None else wanted_copies(kind, found, now)
+    kinds = dict.fromkeys(copy.signed.kind for copy in found.copies())
+    wanted = [copy for kind in kinds for copy in wanted_copies(kind, _only(found, kind), now)]
     holders = [_holder(found, holder, wanted, now) for holder in found.holders]
     return {
         "holders": holders,
@@ -86,23 +88,49 @@ def _holder(
     answer = found.answers.get(holder)
     if answer is None:
         return {"peer": holder.hex, "records": [], "number": 0, "differs": ["no answer"]}
-    has = {copy.signed.signer: copy.signed for copy in answer.records}
+    has = {_about(copy): copy.signed for copy in answer.records}
     differs = []
     for copy in wanted:
-        publisher, newest = copy.signed.signer, copy.signed
-        if publisher not in has:
-            differs.append(f"lacks {publisher.hex[:8]}")
-        elif has[publisher].digest != newest.digest:
-            differs.append(f"another version of {publisher.hex[:8]}")
-    agreed = {copy.signed.signer for copy in wanted}
-    differs += [f"names {publisher.hex[:8]}" for publisher in has if publisher not in agreed]
+        about, publisher = _about(copy), copy.signed.signer.hex[:8]
+        if about not in has:
+            differs.append(f"lacks {_what(copy)}{publisher}")
+        elif has[about].digest != copy.signed.digest:
+            differs.append(f"another version of {_what(copy)}{publisher}")
+    agreed = set(map(_about, wanted))
+    differs += [
+        f"names {_what(copy)}{copy.signed.signer.hex[:8]}"
+        for copy in answer.records
+        if _about(copy) not in agreed
+    ]
     records = [_record(copy, now) for copy in answer.records]
     return {"peer": holder.hex, "records": records, "number": answer.number, "differs": differs}
 
 
+def _only(found: Searched, kind: Kind) -> Searched:
+    """What was found of one kind: snapshots lie beside their lease."""
+    answers = {
+        peer: replace(
+            answer, records=tuple(copy for copy in answer.records if copy.signed.kind is kind)
+        )
+        for peer, answer in found.answers.items()
+    }
+    return replace(found, answers=answers)
+
+
+def _about(copy: RecordCopy[Any]) -> tuple[object, ...]:
+    """What a record is about: of two about the same one is newer."""
+    body = copy.signed.body
+    return copy.signed.kind, copy.signed.signer, getattr(body, "step", None)
+
+
+def _what(copy: RecordCopy[Any]) -> str:
+    step = getattr(copy.signed.body, "step", None)
+    return "" if step is None else f"step {step} of "
+
+
 def _record(copy: RecordCopy[Any], now: float) -> dict[str, Any]:
     """One record: who signed it, what it says, which version, how long it lives here."""
-    from p2pmoe.dht.messages import Lease, Manifest
+    from p2pmoe.dht.messages import Lease, Manifest, SnapshotRecord
 
     body = copy.signed.body
     match body:
@@ -111,6 +139,9 @@ def _record(copy: RecordCopy[Any], now: float) -> dict[str, Any]:
         case Manifest():
             says = f"{'x'.join(map(str, body.cells))} of {body.expert_class}"
             version = copy.signed.digest.hex()[:8]
+        case SnapshotRecord():
+            says = f"saved step {body.step}, {len(body.keepers)} copies"
+            version = body.hash.hex()[:8]
         case _:
             says, version = f"{len(body.coordinates)} served", f"{body.epoch}.{body.incarnation}"
     return {

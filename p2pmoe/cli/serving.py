@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -13,7 +15,10 @@ import trio
 from p2pmoe import telemetry
 from p2pmoe.cli.settings import NETWORK, state_folder
 from p2pmoe.cli.signals import dump_tasks, obey_signals
+from p2pmoe.dht.records import RecordParams
+from p2pmoe.dht.service import DhtParams
 from p2pmoe.node import Node, NodeConfig, open_node
+from p2pmoe.state import tell_leaving
 from p2pmoe.version import __version__
 from p2pmoe.wire.address import DEFAULT_PORT, Address
 
@@ -24,6 +29,8 @@ STATUS_EVERY = 30.0  # seconds between two lines of status
 SWITCH_INTERVAL = 0.001  # seconds; with Python's 5 ms a busy compute thread holds up the network
 ID_DIGITS = 32  # hex digits that make an id safe to pass on: 128 bits
 ANY_HOST = "0.0.0.0"  # noqa: S104  a server is reached from outside
+TELL_EVERY = 0.2  # seconds between two words on how the leaving goes on
+LEAVE_PART = 0.6  # of --stop-within is for saving and handing over; the rest for the goodbye
 ALONE = "without --peer and --new-swarm, a server that ran before claims no cell for 30 s"
 TOTALS = ("calls", "rows", "updates", "failed")  # of all experts, in the line of status
 
@@ -48,8 +55,11 @@ async def _live(options: dict[str, Any]) -> None:
     ):
         stop.dump = lambda: dump(node)
         show_banner(node, server, options)
+        gc.freeze()  # what is there by now stays; a full collection would hold everybody up 30 ms
         reporters.start_soon(_report, node, server)
         await stop.wait(options["seconds"])
+        node.end_by = trio.current_time() + options["stop_within"]
+        await node.start(partial(_tell_leaving, node, len(server.uids) if server else 0))
         reporters.cancel_scope.cancel()
 
 
@@ -63,6 +73,17 @@ async def _open_server(node: Node, wanted: ServerConfig | None) -> AsyncIterator
 
     async with serve_experts(node, wanted) as server:
         yield server
+
+
+async def _tell_leaving(
+    node: Node, had: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Say how many experts are left, for whoever watches the state folder."""
+    task_status.started()
+    while True:
+        if node.folder is not None:
+            tell_leaving(node.folder, had, node.dht.stats()["dht_leases"])
+        await trio.sleep(TELL_EVERY)
 
 
 # ------------------------------------------------------------------ what the options mean
@@ -79,6 +100,7 @@ def config_of(options: dict[str, Any]) -> NodeConfig:
         client_only=options["client_only"],
         state_dir=options["state_dir"] or state_folder(),
         stop_within=options["stop_within"],
+        dht=DhtParams(records=RecordParams(leases_per_grid=options["cells_a_peer"])),
     )
 
 
@@ -97,6 +119,7 @@ def server_config_of(options: dict[str, Any]) -> ServerConfig:
     from p2pmoe.experts.backend import TrainParams
     from p2pmoe.experts.batching import BatchingParams
     from p2pmoe.experts.compute import ComputeParams
+    from p2pmoe.experts.saving import SaveParams
     from p2pmoe.experts.service import ServeParams
     from p2pmoe.experts.serving import ServerConfig
     from p2pmoe.experts.uid import ExpertUid, Grid
@@ -121,6 +144,13 @@ def server_config_of(options: dict[str, Any]) -> ServerConfig:
         params=ServeParams(
             device=options["device"], compute=ComputeParams(batching=batching), train=train.check()
         ),
+        saving=SaveParams(
+            every=options["save_every"],
+            keep=options["keep"],
+            copies=options["copies"],
+            restore=options["restore"] == "auto",
+        ),
+        leave_within=LEAVE_PART * options["stop_within"],
     )
 
 
@@ -146,7 +176,7 @@ def show_banner(node: Node, server: Server | None, options: dict[str, Any]) -> N
         network = f" --network {options['network']}" if options["network"] != NETWORK else ""
         place = f"{address}/{node.id.hex[:ID_DIGITS]}"
         print(f"join with   p2pmoe node --peer {place}{share}{network}")
-    print("stop with Ctrl-C (once: finish calls, say goodbye; twice: now)", flush=True)
+    print("stop with Ctrl-C (once: finish calls, save, say goodbye; twice: now)", flush=True)
 
 
 def _served(server: Server | None, options: dict[str, Any]) -> str:

@@ -33,9 +33,13 @@ VERBS = {
     "ping": "Reach a peer step by step, and say how long each step takes.",
     "bench": "Measure how fast this installation is, and compare it to others.",
     "simulate": "Run the membership or the DHT of thousands of peers in virtual time.",
+    "drain": "Ask this machine's node to leave: save, hand its experts over, end.",
+    "export": "Save the newest state of every expert of a swarm in a folder.",
+    "import": "Put an export into the state folder of a node that is not running.",
     "key": "Print the public key and the id of this machine's node.",
     "version": "Print the versions of p2pmoe and of what it stands on.",
 }
+FILES = {"import": "import_swarm"}  # whose name is a word of Python
 
 
 class Verb(click.Command):
@@ -78,5 +82,5 @@ def _read_config(ctx: click.Context, _param: click.Parameter, given: Path | None
 
 def load_verb(name: str) -> Verb:
     """Import a verb of the table."""
-    verb: Verb = importlib.import_module(f"p2pmoe.cli.{name}").command
+    verb: Verb = importlib.import_module(f"p2pmoe.cli.{FILES.get(name, name)}").command
     return verb

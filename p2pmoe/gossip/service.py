@@ -184,6 +184,7 @@ class GossipService:
             await self._said_all.wait()
             await trio.lowlevel.checkpoint()  # the loop hands over what it has to say
             await self._lines.empty()
+        self._watchers.close()
 
     # --------------------------------------------------------------------------------------- life
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

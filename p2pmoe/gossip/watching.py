@@ -73,6 +73,11 @@ class Watchers:
                 self._watching.discard(watcher)
                 watcher.close()
 
+    def close(self) -> None:
+        """Answer nobody any more: this member leaves, and its end waits for calls in flight."""
+        for watcher in self._watching:
+            watcher.close()
+
     async def answer(self, call: IncomingCall, members: Mapping[PeerId, Member]) -> None:
         """Answer a watch until its time is over."""
         schema.decode(call.body, WatchRequest)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,8 +83,11 @@ class Servers(list[Server]):
         super().__init__()
         self.folder = folder
 
-    def start(self, options: Sequence[str]) -> Server:
-        """Begin a server with these options of `p2pmoe node`; it is not ready yet."""
+    def start(self, options: Sequence[str], env: Mapping[str, str] | None = None) -> Server:
+        """Begin a server with these options of `p2pmoe node`; it is not ready yet.
+
+        `env` is what its environment has beside what this one has.
+        """
         name = f"server{len(self)}"
         folder = self.folder / name
         folder.mkdir()
@@ -97,7 +100,7 @@ class Servers(list[Server]):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=log,
-                env=inherited | {"P2PMOE_HOME": str(folder)},
+                env=inherited | {"P2PMOE_HOME": str(folder)} | dict(env or {}),
                 process_group=0,  # a Ctrl-C is for their parent, which ends them in order
                 preexec_fn=_die_with_parent(),
             )

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from p2pmoe.bench import dht, fault, footprint, local, moe, rpc, servers
-from p2pmoe.bench.experts import NAME
+from p2pmoe.bench import dht, fault, footprint, local, moe, rpc, servers, stages
+from p2pmoe.bench.experts import NAME, SLEEP, Drowsy
 from p2pmoe.testing import local_swarm
 
 
@@ -20,7 +20,7 @@ class FakeServers(list):
     def __init__(self, stack):
         self._stack = stack
 
-    def start(self, options):
+    def start(self, options, env=None):
         grid, cells = "bench.[0:1]", ["bench.0"]
         self._serve(grid, 1, 1, "Ffn", cells)
         return self[0]
@@ -57,7 +57,7 @@ def _servers_of_this_process(monkeypatch):
         with ExitStack() as stack:
             yield FakeServers(stack)
 
-    def start_grid(started, grid, hidden_dim, expert_class, *, count=1):
+    def start_grid(started, grid, hidden_dim, expert_class, *, count=1, sleep=0.0):
         cells = [str(uid) for uid in grid.uids()]
         started._serve(str(grid), hidden_dim, count, expert_class, cells)
         return [0.1] * count
@@ -94,6 +94,18 @@ def test_a_mixture_trains_and_searches():
     assert metrics["beam_batch4"]["p50_ms"] > 0
 
 
+def test_a_picture_shows_where_the_time_of_a_step_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages.watch, "__defaults__", (3,))
+    picture = tmp_path / "step.svg"
+    params = moe.MoeParams(
+        grid=(2, 2), hidden=8, k=2, batches=(4,), seconds=0.01, beam=0, profile=picture
+    )
+    found = moe.run(params)["metrics"]["stages_ms"]
+    assert list(found) == list(stages.COLOURS)
+    assert all(found[name] > 0 for name in ("gate", "beam", "dispatch", "compute", "combine"))
+    assert ">compute: " in picture.read_text()
+
+
 def test_searching_alone_trains_nothing():
     metrics = moe.run_beam(moe.MoeParams(grid=(2, 2), hidden=8, k=2, batches=(4,), beam=1))[
         "metrics"
@@ -117,6 +129,18 @@ def test_steps_go_on_when_a_server_is_killed():
     assert metrics["first_good_step_ended_after_s"] is not None
 
 
+def test_steps_go_on_while_one_expert_sleeps(monkeypatch):
+    monkeypatch.setenv(SLEEP, "0.3")
+    Drowsy.asleep.clear()
+    params = fault.FaultParams(grid=(2, 2), hidden=8, k=2, batch=4, before=1.0, after=1.0, slow=0.3)
+    metrics = fault.run(params)["metrics"]
+    assert len(Drowsy.asleep) == 1
+    assert metrics["errors"] == {}
+    assert metrics["last_step_asking_the_victim_began_after_s"] is None  # nobody died
+    assert set(metrics["rows_without_survivors"]) == {"before", "after", "after_3s"}
+    assert metrics["patience_ms"] > 0
+
+
 def test_the_limit_is_plain_torch():
     block = local.run_block(local.LocalParams(hidden=8, batches=(2,), seconds=0.0))
     assert set(block["metrics"]) == {"forward_batch2", "train_batch2", "train_recompute_batch2"}
@@ -138,7 +162,7 @@ def test_all_cells_are_dealt_out_once(monkeypatch):
     started = []
 
     class Recorder(list):
-        def start(self, options):
+        def start(self, options, env):
             started.append(options)
             self.append(SimpleNamespace(address="127.0.0.1:1", wait_ready=lambda: None))
             return self[-1]

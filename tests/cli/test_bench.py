@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from p2pmoe.bench import dht, fault, footprint, local, moe, rpc
+from p2pmoe.bench import baseline, dht, fault, footprint, local, moe, rpc
+from p2pmoe.bench.table import BEGIN, END
 from p2pmoe.cli.app import run
 from p2pmoe.cli.bench import ITEMS
 
@@ -69,6 +70,10 @@ def test_options_are_those_of_the_work(run_cli, asked):
         (["moe", "--batches", "many"], "not a list of whole numbers"),
         (["moe", "a-file"], "takes no files"),
         (["compare", "one"], "compare takes two files"),
+        (["moe", "--plot", "a-file"], "only compare does"),
+        (["moe", "--update"], "takes no files"),
+        (["table"], "table takes a file"),
+        (["baseline"], "baseline takes one file"),
     ],
 )
 def test_what_makes_no_sense_is_a_usage_error(run_cli, words, why):
@@ -93,3 +98,22 @@ def test_files_without_a_common_figure_are_a_bad_configuration(run_cli, tmp_path
     (tmp_path / "a").write_text("")
     result = run_cli("bench", "compare", tmp_path / "a", tmp_path / "a")
     assert result.exit_code == 78
+
+
+def test_a_table_is_printed_or_put_into_a_page(run_cli, tmp_path):
+    lines, page = tmp_path / "lines", tmp_path / "page.md"
+    lines.write_text("")
+    head = run_cli("bench", "table", lines).stdout.splitlines()[0]
+    assert head.startswith("| work |")
+    page.write_text(f"{BEGIN}{END}")
+    assert run_cli("bench", "table", lines, page).exit_code == 0
+    assert head in page.read_text()
+
+
+def test_ratios_are_compared_with_those_kept_and_kept_if_asked(run_cli, tmp_path, monkeypatch):
+    kept = tmp_path / "kept.json"
+    found = iter([2.0, 1.0])
+    monkeypatch.setattr(baseline, "measure", lambda seconds: {"a": next(found)})
+    assert "nothing is slower" in run_cli("bench", "baseline", kept, "--update").stdout
+    assert run_cli("bench", "baseline", kept).stdout.endswith("slower by more than 10%: a\n")
+    assert baseline.read(kept) == {"a": 2.0}

@@ -14,7 +14,7 @@ from p2pmoe.dht.reading import Answer, Searched
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.peer_record import Contact
-from tests.dht.swarm_of_ids import GRID, PEOPLE, dictionary, lease, manifest
+from tests.dht.swarm_of_ids import GRID, PEOPLE, dictionary, lease, manifest, snapshot
 
 ANN, BOB, EVE, DAN = (keys for keys in PEOPLE[:4])
 
@@ -113,3 +113,21 @@ def test_a_key_under_which_nothing_is_has_no_disagreement() -> None:
         "agreed": [],
         "disagreements": 0,
     }
+
+
+def test_what_was_saved_is_shown_beside_the_lease_and_compared_by_itself() -> None:
+    anns, saved, older = lease(ANN), snapshot(ANN, step=8, keepers=2), snapshot(ANN, step=5)
+    holders = [keys.peer_id for keys in PEOPLE[:3]]
+    answers = {
+        holders[0]: said(anns, older, saved),
+        holders[1]: said(anns, older, saved),
+        holders[2]: said(anns, older, snapshot(EVE, step=9)),
+    }
+    facts = facts_of(Searched(holders, answers), 0.0)
+    assert [row["says"] for row in facts["holders"][0]["records"]] == [
+        "lease 1", "saved step 5, 0 copies", "saved step 8, 2 copies",
+    ]  # fmt: skip
+    ann, eve = ANN.peer_id.hex[:8], EVE.peer_id.hex[:8]
+    assert [each["differs"] for each in facts["holders"]] == [
+        [], [], [f"lacks step 8 of {ann}", f"names step 9 of {eve}"],
+    ]  # fmt: skip

@@ -359,3 +359,26 @@ async def test_a_watcher_that_does_not_read_has_to_begin_anew(autojump_clock) ->
         assert not watchers._watching
         hold.set()
     assert sum(len(reply.changes) for reply in told) == watching.UNREAD + 1
+
+
+async def test_a_member_that_leaves_waits_for_nobody_who_watches_it(autojump_clock) -> None:
+    watchers, ended = watching.Watchers(), trio.Event()
+
+    class Call:
+        body = schema.encode(watching.WatchRequest())
+
+        async def send(self, body: bytes) -> None:
+            await trio.lowlevel.checkpoint()
+
+    async def watch() -> None:
+        await watchers.answer(Call(), {})
+        ended.set()
+
+    async with trio.open_nursery() as calls:
+        calls.start_soon(watch)
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+        watchers.close()
+        await ended.wait()
+        assert trio.current_time() == began
+    assert not watchers._watching

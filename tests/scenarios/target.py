@@ -7,6 +7,7 @@ closing standard input ends the node.
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import sys
@@ -39,6 +40,7 @@ async def main(quota: QuotaParams) -> None:
         node.handle("echo", echo)
         node.handle("blob", blob)
         print(json.dumps({"address": str(node.address)}), flush=True)  # noqa: T201  for whoever started it
+        gc.freeze()  # as `p2pmoe node` does
         await orders.receive_some()
 
 

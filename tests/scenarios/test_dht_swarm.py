@@ -14,6 +14,7 @@ from p2pmoe.errors import QuorumNotReached
 from p2pmoe.wire.envelope import Kind, seal
 from tests.dht.swarm_of_ids import GRID, manifest
 from tests.scenarios.dht_nodes import READY_LIMIT, Here, gets, processes, ready
+from tests.scenarios.dht_peer import claim
 
 
 @pytest.mark.parametrize(
@@ -71,4 +72,27 @@ async def test_strangers_do_not_take_over_a_live_uid() -> None:
                 views = await reader.dht.get_leases(GRID, [uid])
                 assert views[uid].peer == owner.id
             assert owner.dht.lease_number(GRID, uid, trio.current_time()) == 1
+        tasks.cancel_scope.cancel()
+
+
+async def test_after_a_hand_over_the_old_number_is_good_nowhere() -> None:
+    """Real nodes: what a server checks each call against, and what callers read, both move on."""
+    async with trio.open_nursery() as tasks:
+        here = Here(tasks)
+        with trio.fail_after(READY_LIMIT):
+            await here.open_many(4)
+        owner, heir = here.nodes[:2]
+        uid = here.uids[owner.id.hex]
+        assert owner.dht.lease_number(GRID, uid, trio.current_time()) == 1
+        await owner.dht.withdraw([uid])
+        await claim(heir, uid)
+        numbers = {
+            node.id: number
+            for node in here.nodes
+            if (number := node.dht.lease_number(GRID, uid, trio.current_time())) is not None
+        }
+        assert numbers == {heir.id: 2}
+        for reader in here.nodes:
+            view = (await reader.dht.get_leases(GRID, [uid]))[uid]
+            assert (view.peer, view.number) == (heir.id, 2)
         tasks.cancel_scope.cancel()

@@ -1,7 +1,8 @@
 """Attacks on a real node, each with its figures: memory, how soon it is rid of them, and p99.
 
 The quick ones run several attacks beside one another against a node with short deadlines; those
-under `nox -s soak` are one attack each, in full numbers, against a node as it comes.
+under `nox -s soak` are one attack each, in full numbers, against a node as it comes. What attackers
+are, and what they leave to others, stands in `hostility`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ SHORT: dict[str, Any] = dict.fromkeys(("handshake", "hello", "grace"), 2.0) | {
     "least_rate": float(MIB),
     "user_timeout_bulk": 1.0,
     "frames": (1000, 5000),
+    "offences": (1000, 1000),  # else most of these attackers would not get in
 }
 HOLD = 300.0  # seconds: longer than any deadline
 CLIENT_HELLO = bytes((22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3)) + bytes(509)
@@ -146,7 +148,7 @@ LIES = Attack(
 )  # fmt: skip
 DAWDLERS = Attack(
     (Crowd(SLOW, 150), *each((SILENT, SILENT_MEMBER, SLOW_MEMBER, SLOW_GUEST, NEVER_READS)),
-     *each((ANNOUNCED, ANNOUNCED_AND_CHATTING))),  # more would be refused, and may then stay
+     *each((ANNOUNCED, ANNOUNCED_AND_CHATTING))),  # more would be refused, and stay for three pings
     seconds=1.0,
     gone=4.5,
 )  # fmt: skip
@@ -174,19 +176,20 @@ LIMITS = QuotaParams()
 CHUNK_SECONDS = MIB / 4 / LIMITS.least_rate
 WAVES = math.ceil(500 / LIMITS.strangers) * LIMITS.strangers_stay
 PROGRESS = LIMITS.grace + LIMITS.last_chance
+REFUSED = LIMITS.handshake  # whose address has a bad name waits for a handshake so long
 IN_FULL = {
-    "a length of 4 GiB": Attack((Crowd(HUGE, 20),), 5.0, gone=0.5),
-    "nesting of 65,536": Attack((Crowd(NESTED, 5),), 5.0, gone=0.5),
-    "nesting of 100,000": Attack((Crowd(NESTED_BEYOND, 5),), 5.0, gone=0.5),
-    "a colliding map of 64 KiB": Attack((Crowd(COLLIDING, 5),), 5.0, gone=0.5),
-    "a colliding map of 200 KiB": Attack((Crowd(COLLIDING_BEYOND, 5),), 5.0, gone=0.5),
-    "calls of nonsense": Attack(each(NONSENSE), 5.0, gone=0.5),
+    "a length of 4 GiB": Attack((Crowd(HUGE, 20),), 5.0, gone=REFUSED),
+    "nesting of 65,536": Attack((Crowd(NESTED, 5),), 5.0, gone=REFUSED),
+    "nesting of 100,000": Attack((Crowd(NESTED_BEYOND, 5),), 5.0, gone=REFUSED),
+    "a colliding map of 64 KiB": Attack((Crowd(COLLIDING, 5),), 5.0, gone=REFUSED),
+    "a colliding map of 200 KiB": Attack((Crowd(COLLIDING_BEYOND, 5),), 5.0, gone=REFUSED),
+    "calls of nonsense": Attack(each(NONSENSE), 5.0, gone=REFUSED),
     "500 at a byte a second": Attack((Crowd(SLOW, 500),), 2.0, gone=WAVES + LIMITS.handshake),
     "100 members at a byte a second": Attack((Crowd(SLOW_MEMBER, 100),), 2.0, gone=LIMITS.hello),
     "100 guests at a byte a second": Attack((Crowd(SLOW_GUEST, 100),), 2.0, gone=PROGRESS + 1),
     "10,000 connects": Attack((Crowd(KNOCK, 10_000, 200),), 5.0, gone=30.0),
-    "10,000 opens and resets a second": Attack((Crowd(OPEN_AND_RESET, 2),), 10.0, gone=1.0),
-    "a flood of frames": Attack((Crowd(FLOOD, 1),), 10.0, gone=1.0),
+    "10,000 opens and resets a second": Attack((Crowd(OPEN_AND_RESET, 2),), 10.0, gone=REFUSED),
+    "a flood of frames": Attack((Crowd(FLOOD, 1),), 10.0, gone=REFUSED),
     "a peer that never reads": Attack(
         (Crowd(NEVER_READS, 4),), 2.0, gone=LIMITS.user_timeout_bulk + 2
     ),

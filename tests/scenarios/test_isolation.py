@@ -22,6 +22,7 @@ from p2pmoe.identity import PeerId
 from p2pmoe.net.connection import Connection
 from p2pmoe.net.messages import MAX_WINDOW_BYTES
 from p2pmoe.net.pool import Pool
+from p2pmoe.net.secure import SecureStream
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.peer_record import Contact
 from tests.scenarios import echo_node
@@ -32,6 +33,8 @@ TENSORS = 8
 LATE = 0.050  # seconds that no more than one of a hundred small calls may take
 START_LIMIT = 60.0  # seconds until the other process listens
 WITHIN = 120.0  # seconds for what takes a few
+SLOWER = 8  # times as long as when they are alone: what is allowed where that takes long already
+ALONE = 100  # calls by which that is found out
 TRIES = 3  # a busy machine makes one late, not all
 OWN_BYTES = 8 * MIB  # beside credit: a batch of frames, plain and encrypted, and the allocator
 
@@ -56,14 +59,23 @@ async def other_process() -> AsyncIterator[tuple[Contact, trio.Process]]:
         await process.wait()
 
 
+async def small_call(pool: Pool, to: Contact) -> float:
+    """How long one took."""
+    begun = trio.current_time()
+    await pool.call(to, "echo", b"small")
+    return trio.current_time() - begun
+
+
 async def small_calls(pool: Pool, to: Contact, until: trio.Event) -> list[float]:
     """How long each took of calls made one after another, in order of length."""
     took = []
     while not until.is_set():
-        begun = trio.current_time()
-        await pool.call(to, "echo", b"small")
-        took.append(trio.current_time() - begun)
+        took.append(await small_call(pool, to))
     return sorted(took)
+
+
+def p99(took: list[float]) -> float:
+    return took[len(took) * 99 // 100]
 
 
 async def echoed(pool: Pool, to: Contact, payload: bytes) -> None:
@@ -83,6 +95,8 @@ async def tensors(pool: Pool, to: Contact, payload: bytes, done: trio.Event) -> 
 async def test_small_calls_are_quick_while_eight_tensors_travel_both_ways(size: int) -> None:
     best, payload = 1.0, bytes(size)
     async with other_process() as (to, _), open_pool(2) as (pool, _):
+        alone = sorted([await small_call(pool, to) for _ in range(ALONE)])
+        most = max(LATE, SLOWER * p99(alone))
         for _ in range(TRIES):
             done, begun = trio.Event(), trio.current_time()
             with trio.fail_after(WITHIN):
@@ -90,15 +104,15 @@ async def test_small_calls_are_quick_while_eight_tensors_travel_both_ways(size: 
                     both.start_soon(tensors, pool, to, payload, done)
                     took = await small_calls(pool, to, done)
             seconds = trio.current_time() - begun
-            p50, p99 = took[len(took) // 2], took[len(took) * 99 // 100]
-            best = min(best, p99)
+            best = min(best, p99(took))
             print(  # noqa: T201  the figures
                 f"{2 * TENSORS} tensors of {size // MIB} MiB in {seconds:.1f} s; {len(took)} calls:"
-                f" p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, longest {took[-1] * 1e3:.1f} ms"
+                f" p50 {took[len(took) // 2] * 1e3:.1f} ms, p99 {p99(took) * 1e3:.1f} ms,"
+                f" longest {took[-1] * 1e3:.1f} ms; at most {most * 1e3:.0f} ms"
             )
-            if best <= LATE:
+            if best <= most:
                 break
-    assert best <= LATE
+    assert best <= most
 
 
 async def test_a_receiver_that_stops_reading_holds_no_more_than_its_credit_at_the_sender() -> None:
@@ -126,7 +140,7 @@ async def test_a_receiver_that_stops_reading_holds_no_more_than_its_credit_at_th
 def in_kernel(connection: Connection) -> int:
     """Bytes that the kernel holds and the other side has not acknowledged."""
     stream = connection._frames.channel.stream
-    assert isinstance(stream, trio.SSLStream)
+    assert isinstance(stream, SecureStream)
     number = bytearray(4)
     fcntl.ioctl(stream.transport_stream.socket.fileno(), termios.TIOCOUTQ, number)
     return int.from_bytes(number, sys.byteorder)
