@@ -86,5 +86,5 @@ class Door:
 
     def leave(self, connection: Connection) -> None:
         """The connection has ended: its seat is free."""
-        host = None if connection.outbound else connection.host
+        host = None if connection.outbound else connection.remote.host
         self._quota.disconnect(connection.account, bulk=connection.bulk, came_from=host)
