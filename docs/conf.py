@@ -46,11 +46,14 @@ def guesses() -> str:
 
 def house_map() -> str:
     """A table of the files with the first line of each, which says what it is."""
-    rows = ["| file | what it is |", "| --- | --- |"]
-    for path in sorted((ROOT / "p2pmoe").rglob("*.py")):
-        if said := ast.get_docstring(ast.parse(path.read_text())):
-            rows.append(f"| `{path.relative_to(ROOT / 'p2pmoe')}` | {said.splitlines()[0]} |")
-    return "\n".join(rows)
+    package = ROOT / "p2pmoe"
+    files = {path: path.read_text() for path in sorted(package.rglob("*.py"))}
+    rows = [
+        f"| `{path.relative_to(package)}` | {said.splitlines()[0]} |"
+        for path, text in files.items()
+        if (said := ast.get_docstring(ast.parse(text)))
+    ]
+    return "\n".join(["| file | what it is |", "| --- | --- |", *rows])
 
 
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:

@@ -133,6 +133,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def with_children(pid: int) -> list[int]:
+    """A process and all its descendants, those nearest to it first (Linux)."""
     found = [pid]
     for each in found:
         for task in Path(f"/proc/{each}/task").iterdir():
