@@ -51,6 +51,19 @@ def sequence(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 4))
 
 
+class Doubled(nn.Linear):
+    """A linear map that is none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked() -> nn.Module:
+    module = FeedForward(4, 8)
+    module.up.register_forward_hook(lambda *_: None)
+    return module
+
+
 ROWS: Rows = [(0, 3), (1, 1), (2, 5), (2, 2), (3, 4)]
 MODULES = {
     "ours": lambda: FeedForward(4, 8),
@@ -148,6 +161,11 @@ def test_an_output_that_is_not_finite_is_left_to_each_by_itself() -> None:
         nn.Sequential(nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 4)),
         sequence(nn.GELU()).requires_grad_(False),
         FeedForward(1024),
+        nn.Sequential(Doubled(4, 8), nn.GELU(), nn.Linear(8, 4)),
+        hooked(),
+        nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.GELU(), nn.Linear(8, 4)
+        ),
     ],
 )
 def test_other_experts_are_computed_by_themselves(module: nn.Module) -> None:
