@@ -183,7 +183,11 @@ class _Learnt:
                 grad.mul_(scale_G.view(-1, *[1] * (grad.ndim - 1)))
         for place, norm in enumerate(norms_G):
             at = start + place
-            if at in self.fresh and not self._take(at, min(norm, clip), [g[place] for g in grads]):
+            if at not in self.fresh:
+                continue
+            if not math.isfinite(norm):  # what it was scaled to says nothing
+                return False
+            if not self._take(at, min(norm, clip), [grad[place] for grad in grads]):
                 return False
         return True
 
