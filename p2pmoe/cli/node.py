@@ -170,7 +170,8 @@ def _check(options: dict[str, Any]) -> None:
     serves = options["experts"] or options["uids"] or options["grids"]
     if options["new_swarm"] and joins:
         _refuse("--new-swarm begins a swarm and --peer joins one: give one of them")
-    known = ((options["state_dir"] or state_folder()) / "peers").exists()  # of its last run
+    state = options["state_dir"] or state_folder()  # with what its last run has left
+    known = (state / "peers").exists() or any(state.glob("snapshots/*/grid.cbor"))
     if not (joins or known) and serves and not options["grids"]:
         _refuse("experts of which grid? Give a --grid, or join a swarm that has one by --peer")
     if options["client_only"] and serves:

@@ -135,6 +135,7 @@ def server_config_of(options: dict[str, Any]) -> ServerConfig:
     batching = BatchingParams(max_batch=options["max_batch"])
     return ServerConfig(
         create=bool(options["grids"]) and not (options["peers"] or options["initial_peers"]),
+        goes_on=not (options["new_swarm"] or options["peers"] or options["initial_peers"]),
         grids=tuple(map(Grid.parse, options["grids"])),
         experts=options["experts"] or 0,
         only=tuple(map(ExpertUid.parse, options["uids"])),

@@ -18,6 +18,7 @@ from p2pmoe.wire.envelope import Kind, Signed, open_envelope
 from p2pmoe.wire.schema import MAX_ENVELOPE_BYTES
 
 GRID_FILE = "grid.cbor"
+AT_ONE_START = 10.0  # seconds between the files of one start; a guess
 MOST_GRIDS = 64  # that are read; a guess
 
 
@@ -57,6 +58,14 @@ def kept_grids(root: Path, network: bytes) -> list[Signed[Manifest]]:
                 advice="what was saved of that grid is not used; remove it if it is foreign",
             )
     return found
+
+
+def last_grids(root: Path, network: bytes) -> list[Signed[Manifest]]:
+    """Those that were served when this server ran last: it wrote or touched all at its start."""
+    kept = kept_grids(root, network)
+    used = [grid_file(root, manifest.digest).stat().st_mtime for manifest in kept]
+    latest = max(used, default=0.0)
+    return [one for one, at in zip(kept, used, strict=True) if at >= latest - AT_ONE_START]
 
 
 def read_grid_file(path: Path, network: bytes) -> Signed[Manifest]:

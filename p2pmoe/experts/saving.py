@@ -90,13 +90,14 @@ class Saver:
         self._disk_full = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Save until cancelled."""
+        """Save until cancelled, so often however long it takes."""
         task_status.started()
-        pause = min(SOON, self._params.every)  # what was restored is told soon under its new lease
+        soon = min(SOON, self._params.every)  # what was restored is told soon under its new lease
+        due = trio.current_time() + soon
         while True:
-            await trio.sleep(pause)
+            await trio.sleep_until(due)
+            due = trio.current_time() + self._params.every
             await self.save()
-            pause = self._params.every
 
     async def save(self) -> None:
         """Save every expert that has learned since it was saved last."""

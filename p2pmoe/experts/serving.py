@@ -22,7 +22,7 @@ from p2pmoe.dht.messages import Manifest
 from p2pmoe.errors import ConfigurationError, ExpertUnavailable, P2PMoEError
 from p2pmoe.experts.blocks import ExpertClass
 from p2pmoe.experts.copies import CELLS, CellsReply, CellsRequest
-from p2pmoe.experts.grids_kept import keep_grid, kept_grid
+from p2pmoe.experts.grids_kept import keep_grid, kept_grid, last_grids
 from p2pmoe.experts.manifest import Offer, grid_of, manifest_of, offer_for
 from p2pmoe.experts.saving import SaveParams, Saver
 from p2pmoe.experts.service import ExpertService, ServeParams
@@ -53,13 +53,14 @@ class ServerConfig:
     """What a node serves. `None` stands for what the swarm says.
 
     `create` makes new grids, which need a `hidden_dim`. Where neither `grids` nor `only` name
-    any, a server takes all that its peers serve. `experts` is how many free cells it takes of each
-    grid, unless `only` names its cells. `folder` is where experts are saved, by default in the
-    node's state folder. `leave_within` is how many seconds saving and handing over may take at
-    the end.
+    any, a server takes all that its peers serve; if it `goes_on` and none of them tells of any,
+    those of its last run. `experts` is how many free cells it takes of each grid, unless `only`
+    names its cells. `folder` is where experts are saved, by default in the node's state folder.
+    `leave_within` is how many seconds saving and handing over may take at the end.
     """
 
     create: bool = False
+    goes_on: bool = False
     grids: tuple[Grid, ...] = ()
     experts: int = 0
     only: tuple[ExpertUid, ...] = ()
@@ -296,10 +297,21 @@ async def _find(node: Node, config: ServerConfig) -> list[Offer]:
             if names and None not in found:
                 return [_offer(signed, config) for signed in found if signed is not None]
             await trio.sleep(FIND_AGAIN)
+    if config.goes_on and not config.names and (offers := await _begin_again(node, config)):
+        return offers
     wanted = ", ".join(config.names) or "any"
     raise ExpertUnavailable(
         f"the swarm has no grid {wanted} after {FIND_WITHIN:g} s: who begins a swarm creates them"
     )
+
+
+async def _begin_again(node: Node, config: ServerConfig) -> list[Offer]:
+    """The grids of the last run, when all who served them were off and nobody tells of any."""
+    folder, disk = config.folder or node.folder, Disk(threaded=config.params.compute.threaded)
+    if folder is None or not config.saving.restore:
+        return []
+    last = await disk.run(last_grids, folder / SNAPSHOTS, node.network)
+    return [_offer((await node.dht.put_manifest(signed)).manifest, config) for signed in last]
 
 
 def _offer(signed: Signed[Manifest], config: ServerConfig) -> Offer:

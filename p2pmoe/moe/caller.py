@@ -156,6 +156,8 @@ class Caller:
             self._learnt(crossing, outcome)
             return
         self.passes.hedged += sum(rows[i] for i in trip.asks.keys() - crossing.asks.keys())
+        if not crossing.wait.patience:
+            return  # its caller wants to wait for nobody
         skipped = crossing.rows - outcome.served
         if advice := self.passes.skipped.add(crossing.rows, skipped, missed, now):
             share = f"{self.passes.skipped.share:.0%}"

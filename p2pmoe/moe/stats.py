@@ -43,6 +43,7 @@ class Skipped:
     _batches: deque[tuple[int, int]] = field(default_factory=deque)  # rows, skipped
     _rows: int = 0
     _skipped: int = 0
+    _unsaid: int = 0  # skipped since it was said last
     _causes: Counter[str] = field(default_factory=Counter)
     _said_at: float = -math.inf
 
@@ -54,7 +55,8 @@ class Skipped:
     def add(self, rows: int, skipped: int, causes: Mapping[str, int], now: float) -> str | None:
         """One more pass. Returns what can be done when it is time to say so, else nothing.
 
-        `causes` are the codes of the errors that its parts ended with, with their rows.
+        `causes` are the codes of the errors that its parts ended with, with their rows. Where no
+        row was skipped since the last time, there is nothing new to say.
         """
         self._batches.append((rows, skipped))
         self._rows, self._skipped = self._rows + rows, self._skipped + skipped
@@ -63,9 +65,10 @@ class Skipped:
             self._rows, self._skipped = self._rows - oldest[0], self._skipped - oldest[1]
         self._causes.update(causes if skipped else {})
         stalls = self._rows >= ROWS_NEEDED and self.share > SKIPPED_MUCH
-        if not stalls or now - self._said_at < PAUSE:
+        self._unsaid += skipped
+        if not stalls or not self._unsaid or now - self._said_at < PAUSE:
             return None
-        self._said_at = now
+        self._said_at, self._unsaid = now, 0
         causes, self._causes = self._causes, Counter()
         return max(ADVICE, key=lambda one: (sum(causes[c] for c in ADVICE[one]), not ADVICE[one]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,14 @@ from p2pmoe.experts.exports import (
     read_manifest,
     write_manifest,
 )
-from p2pmoe.experts.grids_kept import GRID_FILE, grid_file, keep_grid, kept_grid, kept_grids
+from p2pmoe.experts.grids_kept import (
+    GRID_FILE,
+    grid_file,
+    keep_grid,
+    kept_grid,
+    kept_grids,
+    last_grids,
+)
 from p2pmoe.identity import KeyPair, network_id, open_network_seed
 from p2pmoe.state import hold_folder
 from p2pmoe.wire.envelope import Kind, Signed, seal
@@ -213,6 +221,19 @@ def test_a_grid_goes_on_whenever_its_manifest_was_made(tmp_path: Path) -> None:
     other = Manifest(**{n: getattr(BODY, n) for n in BODY.__struct_fields__} | {"hidden_dim": 9})
     assert kept_grid(tmp_path, NETWORK, other) is None
     assert kept_grid(tmp_path, bytes(32), again) is None
+
+
+def test_the_grids_of_the_last_run_are_those_that_were_touched_with_the_latest(
+    tmp_path: Path,
+) -> None:
+    assert last_grids(tmp_path, NETWORK) == []
+    other = Manifest(**{n: getattr(BODY, n) for n in BODY.__struct_fields__} | {"name": "zoo"})
+    both = sealed(), sealed(other)
+    for manifest in both:
+        keep_grid(tmp_path, manifest)
+    assert {one.digest for one in last_grids(tmp_path, NETWORK)} == {one.digest for one in both}
+    os.utime(grid_file(tmp_path, both[1].digest), (1.0, 1.0))
+    assert last_grids(tmp_path, NETWORK) == [both[0]]
 
 
 def test_what_is_no_manifest_is_passed_over(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Server:
         self.lease: int | None = 1
         self.told: list[Signed[SnapshotRecord]] = []
         self.deaf = False
+        self.slow = 0.0  # seconds that a statement takes
         self.now = 1.7e9
         parts = SaverParts(
             dht=self,
@@ -58,7 +59,7 @@ class Server:
         return self.lease
 
     async def put_snapshot(self, record: Signed[SnapshotRecord]) -> None:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.slow)
         if self.deaf:
             raise QuorumNotReached("nobody is there")
         self.told.append(record)
@@ -220,6 +221,19 @@ async def test_it_saves_now_and_then(
     assert server.told == []
     await trio.sleep(2)
     assert len(server.told) == 1
+
+
+async def test_what_takes_long_to_save_is_saved_as_often(
+    tmp_path: Path, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    server = Server(tmp_path, every=10.0, keep=9)
+    server.slow = 4.0
+    await nursery.start(server.saver.run)
+    await trio.sleep(4.5)
+    for _ in range(6):
+        learn(server.expert.backend)
+        await trio.sleep(10.0)
+    assert server.saved == [6, 5, 4, 3, 2, 1]
 
 
 async def test_what_it_begins_with_is_saved_and_told_soon(

@@ -12,9 +12,13 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
+from p2pmoe.errors import ExpertUnavailable
 from p2pmoe.experts.saving import SaveParams
 from p2pmoe.experts.serving import Server, ServerConfig
 from p2pmoe.experts.uid import Grid
+from p2pmoe.node import Node
+from p2pmoe.wire.peer_record import Contact
+from tests.experts.calls import FakeCall, backward, read_replies
 from tests.experts.world import FIRST, JOINER, World, same, state_of, teach
 
 WITHIN = 45.0  # seconds from a kill until an expert must be served again
@@ -83,6 +87,40 @@ async def test_the_experts_of_a_killed_server_go_on_at_exactly_one_other_bit_for
         assert has(two, {uid: saved[uid] for uid in two.uids})
         await trio.sleep(5.0)
         assert len(one.uids + two.uids) == 2
+
+
+async def test_an_update_whose_answer_was_lost_with_its_server_is_not_applied_again_by_the_heir(
+    autojump_clock: MockClock, world: World, own: Callable[..., ServerConfig]
+) -> None:
+    """What is repeated names the number of the lease that it was made under; the heir's is new."""
+    async with (
+        world.server(1, own(1, NONE)) as (client, _),
+        world.server(2, own(2), client) as (owner, lost),
+        world.server(3, own(3), client),
+        world.server(4, own(4), client) as (node, heir),
+    ):
+        uid = lost.uids[0]
+        rows, grads = torch.ones(2, 4), torch.ones(2, 4)
+        lease = owner.dht.lease_number(lost.service.experts[uid].grid, uid, trio.current_time())
+        assert lease is not None
+        update = backward((uid, rows, grads), lease=lease)
+        assert await code_of(update, client, owner) == ""
+        await lost.save()
+        saved = states(lost)
+        world.network.kill("host2")
+        await until(lambda: uid in heir.uids)
+        assert await code_of(update, client, node) == "lease"
+        assert has(heir, {uid: saved[uid]})
+        assert heir.service.experts[uid].backend.step == 1
+
+
+async def code_of(call: FakeCall, client: Node, server: Node) -> str:
+    """What became of the one part of a call; empty if it went well."""
+    assert server.address is not None
+    to = Contact(server.id, (server.address,))
+    async with client.pool.open_call(to, call.method, call.body, [call.payload], bulk=True) as it:
+        answers = [(part.body, part.payload) async for part in it]
+    return read_replies(call, answers)[0][0].code
 
 
 async def test_an_expert_that_nobody_saved_begins_again_and_the_log_says_so(
@@ -194,3 +232,26 @@ async def test_a_whole_swarm_comes_back_from_its_disks(
     ):
         assert has(first, learned[0])
         assert has(second, learned[1])
+
+
+async def test_a_server_whose_swarm_is_gone_goes_on_with_the_grid_that_it_served(
+    autojump_clock: MockClock, world: World, own: Callable[..., ServerConfig]
+) -> None:
+    async with (
+        world.server(1, own(1, FIRST)) as (node, _),
+        world.server(2, own(2), node) as (_, server),
+    ):
+        teach(server)
+        await server.save()
+        learned = states(server)
+        world.network.kill("host1")
+        world.network.kill("host2")
+    world.network.revive("host2")
+    with pytest.raises(ExpertUnavailable):
+        async with world.server(2, own(2)):
+            pass
+    with pytest.raises(ExpertUnavailable):
+        async with world.server(2, replace(own(2, restore=False), goes_on=True)):
+            pass
+    async with world.server(2, replace(own(2), goes_on=True)) as (_, again):
+        assert has(again, learned)

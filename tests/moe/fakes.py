@@ -32,7 +32,7 @@ from p2pmoe.experts.messages import (
 from p2pmoe.experts.tensors import dtype_name, from_wire, rows_to_wire
 from p2pmoe.experts.uid import Grid
 from p2pmoe.identity import PeerId
-from p2pmoe.swarm import Swarm, start_swarm
+from p2pmoe.swarm import Opening, Swarm, start_swarm
 from p2pmoe.wire import schema
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.peer_record import Contact
@@ -81,6 +81,10 @@ class Expert:
         with torch.no_grad():
             out = self.module(*asked.tensors)
         return [self.spoil(one) for one in (out if isinstance(out, tuple) else (out,))]
+
+    async def take_time(self, asked: Asked) -> None:
+        """Wait before it answers."""
+        await trio.sleep(self.delay)
 
     def backward(self, asked: Asked) -> Sequence[torch.Tensor]:
         self.dry_runs += asked.request.dry_run
@@ -179,7 +183,7 @@ class Pool:
             part = asked.part
             expert = self.experts[part.uid]
             expert.asked.set()
-            await trio.sleep(expert.delay)
+            await expert.take_time(asked)
             if part.uid in self.silent:
                 return
             try:
@@ -320,6 +324,8 @@ def fake_swarm(
     experts: dict[str, Expert],
     inputs: Sequence[torch.Tensor],
     outputs: Sequence[torch.Tensor] | None = None,
+    *,
+    start: Callable[[Opening], Swarm] = start_swarm,
 ) -> Iterator[Fake]:
     """`inputs` and `outputs` are one row each of what the experts take and give."""
     rows = (tuple(map(spec, inputs)), tuple(map(spec, outputs or inputs)))
@@ -343,7 +349,7 @@ def fake_swarm(
             yield Node(pool, parts)
             parts.cancel_scope.cancel()
 
-    with start_swarm(open_it) as swarm:
+    with start(open_it) as swarm:
         swarm._parts["watch", NAME] = made[0]
         fake = Fake(swarm, experts, pool, made[0], manifest)
         fake.tell()

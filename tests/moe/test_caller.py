@@ -285,6 +285,18 @@ async def test_rows_that_are_skipped_make_one_warning_that_says_what_to_do(
     assert "logs" in warnings[0]["advice"]
 
 
+async def test_who_wants_to_wait_for_nobody_is_not_warned_that_rows_are_skipped(
+    grid, autojump_clock, monkeypatch
+) -> None:
+    service, pool = grid
+    said: list[str] = []
+    monkeypatch.setattr("p2pmoe.telemetry.emit", lambda event, **fields: said.append(event))
+    for _ in range(40):
+        outcome = await cross(service, pool, "ffn.1", wait=QuorumParams(1, 0.0, 0.0, 30.0))
+        assert outcome.served == 0
+    assert "moe.rows.skipped" not in said
+
+
 # ------------------------------------------------------------------ a step beside a slow expert
 async def test_once_an_expert_is_known_to_be_slow_steps_do_not_wait_for_it(
     grid, autojump_clock

@@ -428,6 +428,12 @@ async def test_the_time_that_looking_for_an_expert_took_is_not_given_to_its_answ
         assert trio.current_time() - began <= 2.0 + LATE
 
 
+@pytest.fixture(autouse=True)
+def _caches_are_small_enough_to_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pmoe.dht.asks.CARDS", 16)
+    monkeypatch.setattr("p2pmoe.moe.stats.LATEST_ROWS", 64)
+
+
 @pytest.mark.parametrize(
     ("runs", "seed"), [(200, 1), *(pytest.param(2000, n, marks=pytest.mark.soak) for n in range(5))]
 )

@@ -59,6 +59,8 @@ def test_a_warning_is_given_once_a_minute_and_for_what_happened_since() -> None:
     assert "patience" in (skipped.add(100, 50, {"timeout": 50}, 0.0) or "")
     assert skipped.add(100, 50, {"busy": 1}, PAUSE - 1) is None
     assert "no room" in (skipped.add(100, 50, {}, PAUSE) or "")
+    assert skipped.add(100, 0, {}, 2 * PAUSE) is None
+    assert skipped.share > 0.05
 
 
 def test_only_the_latest_rows_count() -> None:

@@ -12,7 +12,7 @@ import math
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,9 +30,10 @@ from p2pmoe.moe.select import View
 from p2pmoe.moe.service import MixtureService
 from p2pmoe.nn import DMoE, RemoteExpert
 from p2pmoe.node import Node, NodeConfig, open_node
-from p2pmoe.swarm import TIMEOUT, Bridge, Swarm
+from p2pmoe.swarm import TIMEOUT, Bridge
 from p2pmoe.testing.memory import Line, MemoryNetwork
 from p2pmoe.wire.address import Address
+from tests.moe.held import HeldSwarm
 
 T = TypeVar("T")
 GRID = Grid("ffn", (2, 2))
@@ -42,23 +43,6 @@ SERVERS, CLIENT, GUEST = ("ada", "bob"), "eve", "fay"
 HOSTS = (*SERVERS, CLIENT, GUEST)
 CLEAR = Line(latency=0.01)
 TASKS_A_CONNECTION = 6  # of both ends: each has an owner, a writer, and one that keeps time
-
-
-class HeldSwarm(Swarm):
-    """A swarm for threads beside a virtual clock: it runs while they wait here, and only then."""
-
-    clock: MockClock
-    computing = False  # whether a thread does, or waits here
-
-    def call(self, afn: Callable[..., Awaitable[T]], *args: Any, timeout: float = TIMEOUT) -> T:
-        async def timed() -> T:
-            self.clock.autojump_threshold = 0.0
-            try:
-                return await afn(*args)
-            finally:
-                self.clock.autojump_threshold = math.inf if self.computing else 0.0
-
-        return super().call(timed, timeout=timeout)
 
 
 @dataclass

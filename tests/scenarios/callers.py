@@ -2,7 +2,9 @@
 
 Eight good ones bring updates and ask for outputs, one call after the other. The bad one says that
 it has begun, and goes on: wrong widths, NaN, gradients of 1e30, calls that it gives up, half
-frames. For each line on standard input they print what became of their calls by code, as JSON.
+frames. For each line on standard input they print what became of their calls by code, as JSON; for
+the line `end` the good ones make no more calls and print each update that was applied: who brought
+it, its number, and the step that it was part of. `brought` says what was in it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import math
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from itertools import count
 
 import torch
@@ -28,9 +31,17 @@ from p2pmoe.wire.peer_record import Contact
 from tests.experts.calls import FakeCall, backward, forward, read_replies
 
 GOOD = 8
+END = b"end\n"
 ROWS = 64
 PAUSE = 0.02  # seconds between two misdeeds
 MOMENT = 0.002  # seconds after which a call is given up: it is there, and has no answer yet
+
+
+def brought(caller: int, number: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a good one's update, and their gradients."""
+    dice = torch.Generator().manual_seed(GOOD * number + caller)
+    x, grads = torch.randn(2, ROWS, width, generator=dice)
+    return x, grads / 100
 
 
 class Caller:
@@ -38,7 +49,7 @@ class Caller:
 
     def __init__(self, node: Node, to: Contact, uid: str) -> None:
         self._node, self._to, self.uid = node, to, uid
-        self.lease = self.width = 0
+        self.lease = self.width = self.step = 0
 
     async def learn(self) -> None:
         """Under which number the expert is served, and what it takes."""
@@ -59,15 +70,31 @@ class Caller:
                 answers = [(part.body, part.payload) async for part in parts]
         except P2PMoEError as error:
             return error.code
-        return read_replies(call, answers)[0][0].code or "ok"
+        reply = read_replies(call, answers)[0][0]
+        self.step = reply.step
+        return reply.code or "ok"
 
 
-async def behave(caller: Caller, outcomes: Counter[str]) -> None:
+@dataclass
+class Told:
+    """What became of calls by code, and what was learnt."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    updates: list[tuple[int, int, int]] = field(default_factory=list)
+    ending: bool = False
+
+
+async def behave(me: int, caller: Caller, told: Told) -> None:
     for number in count():
-        x, grads = caller.rows(), caller.rows() / 100
+        if told.ending:
+            return
+        x, grads = brought(me, number, caller.width)
         update = backward((caller.uid, x, grads), counter=number, lease=caller.lease)
-        outcomes[f"backward.{await caller.ask(update)}"] += 1
-        outcomes[f"forward.{await caller.ask(forward((caller.uid, x), lease=caller.lease))}"] += 1
+        told.outcomes[f"backward.{(code := await caller.ask(update))}"] += 1
+        if code == "ok":
+            told.updates.append((me, number, caller.step))
+        code = await caller.ask(forward((caller.uid, x), lease=caller.lease))
+        told.outcomes[f"forward.{code}"] += 1
 
 
 async def misbehave(caller: Caller, address: Address, outcomes: Counter[str]) -> None:
@@ -97,22 +124,31 @@ async def misbehave(caller: Caller, address: Address, outcomes: Counter[str]) ->
 
 
 async def main(kind: str, address: Address, uid: str) -> None:
-    outcomes: Counter[str] = Counter()
-    async with trio.open_nursery() as callers:
-        for _ in range(GOOD if kind == "good" else 1):
-            config = NodeConfig(peers=(address,), client_only=True, stop_within=1)
-            node = await callers.start(_open, config)
-            to = Contact((await node.pool.connect(address)).peer, (address,))
-            caller = Caller(node, to, uid)
-            await caller.learn()
-            if kind == "good":
-                callers.start_soon(behave, caller, outcomes)
-            else:
-                callers.start_soon(misbehave, caller, address, outcomes)
-        async with trio.lowlevel.FdStream(0) as orders:
-            while await orders.receive_some():
-                print(json.dumps(outcomes), flush=True)  # noqa: T201  for whoever started it
-        callers.cancel_scope.cancel()
+    told = Told()
+    async with trio.open_nursery() as nodes:
+        async with trio.open_nursery() as callers:
+            for me in range(GOOD if kind == "good" else 1):
+                config = NodeConfig(peers=(address,), client_only=True, stop_within=1)
+                node = await nodes.start(_open, config)
+                to = Contact((await node.pool.connect(address)).peer, (address,))
+                caller = Caller(node, to, uid)
+                await caller.learn()
+                if kind == "good":
+                    callers.start_soon(behave, me, caller, told)
+                else:
+                    callers.start_soon(misbehave, caller, address, told.outcomes)
+            await obey(told)
+        print(json.dumps(told.updates), flush=True)  # noqa: T201  for whoever started it
+        nodes.cancel_scope.cancel()
+
+
+async def obey(told: Told) -> None:
+    """Tell for each line what became of the calls, until one says that this is the end."""
+    async with trio.lowlevel.FdStream(0) as orders:
+        while (order := await orders.receive_some()) != END:
+            assert order, "whoever began this is gone"
+            print(json.dumps(told.outcomes), flush=True)  # noqa: T201  as above
+    told.ending = True
 
 
 async def _open(config: NodeConfig, *, task_status: trio.TaskStatus[Node]) -> None:

@@ -80,15 +80,21 @@ class Trainer(threading.Thread):
         *,
         experts: int,
         enter: Callable[[], None] = lambda: None,
+        rest: float = 0.0,
         **options,
     ) -> None:
-        """`enter` is called in its thread at first, and `options` are the layer's."""
+        """`enter` is called in its thread at first, and `options` are the layer's.
+
+        It rests for so many seconds after each step, as if it had dense layers to compute.
+        """
         super().__init__(daemon=True)
-        self.enter = enter
+        self.enter, self.rest = enter, rest
         self.peers, self.experts, self.options = list(peers), experts, options
         self.accepted = Accepted()
         self.learned: dict[str, list[tuple[float, int]]] = {}  # when an expert had how many updates
         self.ending, self.begun = threading.Event(), threading.Event()
+        self.going = threading.Event()
+        self.going.set()
         self.steps: list[Step] = []
         self.swarm: Swarm | None = None
         self.target = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -99,6 +105,7 @@ class Trainer(threading.Thread):
 
     def __exit__(self, *_: object) -> None:
         self.ending.set()
+        self.going.set()
         self.join(90)
         assert not self.is_alive(), "a step does not end"
 
@@ -107,18 +114,28 @@ class Trainer(threading.Thread):
         torch.set_num_threads(1)  # as for the servers: threads that wait for each other spin
         with p2pmoe.connect(self.peers) as self.swarm:
             self.swarm.wait_for("ffn", experts=self.experts, timeout=90)
-            layer = DMoE(self.swarm, "ffn", HIDDEN, k_best=K, **self.options)
+            self.layer = layer = DMoE(self.swarm, "ffn", HIDDEN, k_best=K, **self.options)
             self._listen(layer)
             optimizer = torch.optim.SGD(layer.parameters(), lr=1e-2)
             while not self.ending.is_set():
                 self.steps.append(self._step(layer, optimizer))
                 if len(self.steps) == 5:
                     self.begun.set()
+                self.ending.wait(self.rest)
+                self.going.wait()
 
     def wait_begun(self) -> None:
         """Wait until it trains; what keeps it from that is its thread's error."""
         while not self.begun.wait(0.1):
             assert self.is_alive(), "training does not begin"
+
+    def go_for(self, seconds: float) -> list[Step]:
+        """The steps of so many seconds. Before and after, it rests."""
+        first = len(self.steps)
+        self.going.set()
+        threading.Event().wait(seconds)
+        self.going.clear()
+        return self.steps[first:]
 
     def _step(self, layer: DMoE, optimizer: torch.optim.Optimizer) -> Step:
         began = time.monotonic()
@@ -196,7 +213,10 @@ class Loyal:
         peer, rows = PeerId(bytes.fromhex(self.peer)), (torch.zeros(1, HIDDEN),)
         ask = Ask(peer, uid, lease, rows, self.link.outputs)
         wait = QuorumParams(k_min=1, grace=0.0, patience=1.0, timeout=1.0)
-        outcome = self.link.cross(Crossing(FORWARD, {0: ask}, {0: np.array([0])}, 1, wait))
+        try:
+            outcome = self.link.cross(Crossing(FORWARD, {0: ask}, {0: np.array([0])}, 1, wait))
+        except P2PMoEError as error:  # its own process had no time for it
+            return error.code
         for error in outcome.errors.values():
             return error.code
         self.accepted.saw(uid, lease, self.peer)

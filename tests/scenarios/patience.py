@@ -25,6 +25,11 @@ async def until(condition: Callable[[], object]) -> None:
         await trio.sleep(LOOK)
 
 
+async def let_pass(seconds: float) -> None:
+    """Let so much real time go by."""
+    await trio.sleep(seconds)
+
+
 async def until_still(value: Callable[[], int]) -> int:
     """Wait until a figure above 0 does not change any more."""
     before = -1

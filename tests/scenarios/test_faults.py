@@ -20,12 +20,14 @@ from p2pmoe.testing.proxy import Fault, FaultProxy, open_proxy
 from p2pmoe.wire.address import Address
 from tests.scenarios import conftest
 from tests.scenarios.conftest import Launcher, Process
-from tests.scenarios.faults import HIDDEN, ROWS, K, Loyal, Trainer, figures, say
+from tests.scenarios.faults import HIDDEN, ROWS, K, Loyal, Trainer, figures, say, wait_until
 from tests.scenarios.observer import patience
 from tests.scenarios.patience import until
 
 GRID = "ffn.[0:2].[0:4]"
 CELLS = 8
+TURN = 2.0  # seconds of training before the other one's
+ADOPTED = 45.0  # seconds from SIGKILL
 CLEAN_AFTER = 3.0  # seconds from SIGKILL, after which rows without any answer are rare
 FIRST = ("--new-swarm", "--grid", GRID, "--hidden-dim", str(HIDDEN))
 AT_LEAST = 3  # steps under each fault
@@ -50,32 +52,73 @@ def pause(seconds: float) -> None:
 
 # ------------------------------------------------------------------ a crash
 @pytest.mark.parametrize(
-    ("seconds", "least"), [(2.0, 0.5), pytest.param(8.0, 0.9, marks=pytest.mark.soak)]
+    ("rounds", "least"), [(1, 0.5), pytest.param(8, 0.9, marks=pytest.mark.soak)]
 )
 def test_no_step_fails_when_one_of_two_servers_is_killed_and_the_rate_is_that_of_the_other(
-    launch: Launcher, seconds: float, least: float
+    launch: Launcher, rounds: int, least: float
 ) -> None:
+    """In turn with a trainer that has never known but the one server that is left."""
     servers = two_servers(launch)
     with Trainer([servers[0].address], experts=CELLS) as trainer:
         trainer.wait_begun()
-        pause(seconds)
+        pause(TURN)
         killed_at = time.monotonic()
         servers[1].end(signal.SIGKILL)
-        pause(CLEAN_AFTER + seconds)
+        pause(CLEAN_AFTER)
+        clean_at = time.monotonic()
+        pause(TURN)
+        trainer.going.clear()
+        with Trainer([servers[0].address], experts=CELLS // 2) as alone:
+            alone.wait_begun()
+            alone.going.clear()
+            turns = [(trainer.go_for(TURN), alone.go_for(TURN)) for _ in range(rounds)]
     before = figures(trainer.between(0, killed_at)[5:])
-    during = figures(trainer.between(killed_at, killed_at + CLEAN_AFTER))
-    after = figures(trainer.between(killed_at + CLEAN_AFTER, time.monotonic())[:-1])
-    with Trainer([servers[0].address], experts=CELLS // 2) as alone:
-        alone.wait_begun()
-        pause(seconds)
-    one = figures(alone.steps[5:])
+    during = figures(trainer.between(killed_at, clean_at))
+    after = figures(trainer.since(clean_at))
+    mine, one = (figures([step for turn in turns for step in turn[who]]) for who in (0, 1))
     say(f"before:       {before}")
     say(f"{CLEAN_AFTER:g} s after:    {during}")
     say(f"after that:   {after}")
-    say(f"one server:   {one}; after the kill {after.rate / one.rate:.2f} of it")
+    say(f"in turns:     {mine}")
+    say(f"one server:   {one}; after the kill {mine.rate / one.rate:.2f} of it")
     assert not before.failed + during.failed + after.failed
     assert after.bare <= 0.01
-    assert after.rate >= least * one.rate
+    assert mine.rate >= least * one.rate
+    assert not trainer.accepted.twice_owned()
+
+
+@pytest.mark.soak
+def test_a_new_server_adopts_the_experts_of_a_killed_one_and_rows_have_k_again(
+    launch: Launcher,
+) -> None:
+    """Of six experts three are left, so that rows of four lack one until the others are adopted."""
+    three = ("--experts", "3", "--save-every", "2s")
+    grid = ("--new-swarm", "--grid", "ffn.[0:2].[0:3]", "--hidden-dim", str(HIDDEN))
+    first = launch.node(*grid, *three).wait_ready()
+    second = launch.node("--peer", first.address, *three).wait_ready()
+    with Trainer([first.address], experts=6) as trainer:
+        trainer.wait_begun()
+        pause(5)
+        killed_at = time.monotonic()
+        second.end(signal.SIGKILL)
+        launch.node("--peer", first.address, *three)
+        lost = {uid for (uid, _, peer) in trainer.accepted.times if peer == second.ready["peer"]}
+        took = wait_until(
+            lambda: lost <= trainer.accepted.owned_by_others(str(second.ready["peer"])),
+            patience(ADOPTED),
+            "not every expert is served again",
+        )
+        pause(5)
+        ended_at = time.monotonic()
+    between = figures(trainer.between(killed_at + CLEAN_AFTER, killed_at + took))
+    after = figures(trainer.between(killed_at + took + 1, ended_at))
+    say(f"until they are adopted: {between}")
+    say(f"{len(lost)} experts adopted {took:.1f} s after the kill; then {after}")
+    assert len(lost) == 3
+    assert not figures(trainer.steps).failed
+    assert between.bare <= 0.01
+    assert after.experts >= 0.95 * K
+    assert took <= patience(ADOPTED)
     assert not trainer.accepted.twice_owned()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.soak
 GRID = "ffn.[0:2].[0:4]"
 CELLS = 8
 FIRST = ("--new-swarm", "--grid", GRID, "--hidden-dim", str(HIDDEN))
+REST = 0.05  # seconds after each step: what is measured is not how busy the trainer keeps them
 TTL = 30.0  # seconds that a lease lasts without renewal
 NEW_OWNER = 45.0  # seconds from a loss until every expert is served again
 
@@ -88,7 +90,8 @@ def test_a_server_behind_1_mbit_does_not_hold_up_the_others(launch: Launcher) ->
     with machines(3, left=3) as here:
         first = on(launch, here, 0, *FIRST, "--experts", "4")
         on(launch, here, 1, "--peer", first.address, "--experts", "4")
-        with Trainer([first.address], experts=CELLS, enter=lambda: here.enter(2)) as trainer:
+        enter = partial(here.enter, 2)
+        with Trainer([first.address], experts=CELLS, enter=enter, rest=REST) as trainer:
             trainer.wait_begun()
             pause(5)
             narrowed_at = time.monotonic()
@@ -173,7 +176,7 @@ def test_a_clock_that_is_wrong_or_jumps_changes_nothing(launch: Launcher, tmp_pa
     first = launch.node(*FIRST, "--experts", "4").wait_ready()
     join = ("--peer", first.address, "--experts", "4")
     other = launch.node(*join, prefix=shifted, home="shifted").wait_ready()
-    with Trainer([first.address], experts=CELLS) as trainer:
+    with Trainer([first.address], experts=CELLS, rest=REST) as trainer:
         trainer.wait_begun()
         for jump in (7200.0, -86_400.0, 86_400.0):
             began = time.monotonic()

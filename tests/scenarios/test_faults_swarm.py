@@ -9,9 +9,11 @@ import statistics
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
+from p2pmoe.state import PEERS_FILE
 from tests.scenarios import conftest
 from tests.scenarios.conftest import Launcher, Process
 from tests.scenarios.faults import HIDDEN, K, Trainer, figures, say, wait_until
@@ -25,6 +27,7 @@ SERVED_AGAIN = 45.0  # seconds from a kill
 SAVE_EVERY = 5.0  # seconds
 SECONDS = float(os.environ.get("FAULT_SECONDS", "300"))  # that one is killed every KILL_EVERY
 KILL_EVERY = 20.0
+REST = 0.1  # seconds after each step: new servers have to start beside it
 SERVERS = 8
 
 
@@ -71,6 +74,8 @@ def test_a_swarm_that_was_killed_whole_goes_on_from_its_disks(launch: Launcher) 
             patience(60),
             "not everything is saved",
         )
+        homes = [launch.folder / home / "state" / PEERS_FILE for home in ("one", "two")]
+        wait_until(lambda: all(home.exists() for home in homes), patience(60), "nobody is known")
         before = saved(launch)
         for process in (first, second):
             process.end(signal.SIGKILL)
@@ -122,11 +127,14 @@ class Village:
         room = ("--experts", experts, *self.options[2:])
         return self.launch.node("--peer", self.first.address, *room)
 
-    def replace_one(self) -> Process:
-        """Kill one, and begin another, which has room for two."""
-        victim = self.others.pop(self.dice.randrange(len(self.others)))
+    def replace_one(self, owners: set[str]) -> Process:
+        """Kill one of those that serve something, and begin another, which has room for two."""
+        serving = [one for one in self.others if _peer(one) in owners] or self.others
+        victim = self.dice.choice(serving)
+        self.others.remove(victim)
         victim.end(signal.SIGKILL)
         self.others.append(self._new("2"))
+        threading.Thread(target=_hear, args=(self.others[-1],), daemon=True).start()
         return victim
 
 
@@ -136,13 +144,13 @@ def test_training_goes_on_while_one_of_eight_servers_is_killed_every_20_s(
     village = Village(launch)
     lost: list[float] = []  # seconds for which an expert was served by nobody
     stale: list[float] = []  # seconds of training that a loss has undone
-    with Trainer([village.first.address], experts=CELLS) as trainer:
+    with Trainer([village.first.address], experts=CELLS, rest=REST) as trainer:
         trainer.wait_begun()
         began = time.monotonic()
         while time.monotonic() - began < SECONDS:
             killed_at = time.monotonic()
             owned = owners(trainer)
-            victim = str(village.replace_one().ready.get("peer", ""))
+            victim = _peer(village.replace_one(set(owned.values())))
             gone = [uid for uid, peer in owned.items() if peer == victim]
             for uid in gone:
                 wait_until(
@@ -170,6 +178,17 @@ def test_training_goes_on_while_one_of_eight_servers_is_killed_every_20_s(
     assert max(stale) <= patience(SAVE_EVERY + 2)
     assert losses[-1] < losses[0]
     assert seen.experts > 0.9 * K
+
+
+def _hear(process: Process) -> None:
+    """Wait until it says who it is, if it lives so long."""
+    with suppress(AssertionError):
+        process.wait_ready()
+
+
+def _peer(process: Process) -> str:
+    """The id of a process, once it has said it."""
+    return str(process.ready.get("peer", ""))
 
 
 def owners(trainer: Trainer) -> dict[str, str]:
