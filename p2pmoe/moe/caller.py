@@ -37,7 +37,7 @@ from p2pmoe.moe.auditing import Auditor
 from p2pmoe.moe.calls import Ask, Crossing, Outcome, Tensors, read_answer, request
 from p2pmoe.moe.dispatch import group
 from p2pmoe.moe.hedging import Lateness
-from p2pmoe.moe.quorum import Quorum
+from p2pmoe.moe.quorum import Alone, Quorum
 from p2pmoe.moe.standing import Key, Standing, StandingParams
 from p2pmoe.moe.stats import Passes
 from p2pmoe.node import Node
@@ -72,15 +72,17 @@ class Book(Protocol):
 class _Trip:
     """A crossing on its way: what has come, and until when the rest is waited for."""
 
-    def __init__(self, crossing: Crossing, late: Lateness, calls: trio.Nursery) -> None:
+    def __init__(
+        self, crossing: Crossing, late: Lateness, quorum: Quorum | Alone, scope: trio.CancelScope
+    ) -> None:
         self.method, self.hedge, self.late = crossing.method, crossing.hedge, late
         self.asks = dict(crossing.asks)
         self.outcome = Outcome()
-        self.calls = calls
         self.ended = trio.Event()  # every part has its answer, or none
         self.began = trio.current_time()
-        self.quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, self.began)
-        calls.cancel_scope.deadline = self.quorum.next_deadline()
+        self.quorum, self._scope = quorum, scope
+        self.calls: trio.Nursery | None = None  # where more than one part is asked
+        scope.deadline = quorum.next_deadline()
 
     def took(self, answers: Mapping[int, Tensors], errors: Mapping[int, P2PMoEError]) -> None:
         """Parts have good answers, or no answer, or a bad one."""
@@ -91,7 +93,7 @@ class _Trip:
         if errors:
             outcome.errors.update(errors)
             self.quorum.failed(errors, now)
-        self.calls.cancel_scope.deadline = self.quorum.next_deadline()
+        self._scope.deadline = self.quorum.next_deadline()
         if len(outcome.answers) + len(outcome.errors) == len(self.asks):
             self.ended.set()
 
@@ -112,14 +114,34 @@ class Caller:
         self.standing.asked(keys.values(), now)
         hedged = keys if crossing.hedge is not None else {}
         late = Lateness({i: self.standing.usual(key) for i, key in hedged.items()}, now)
+        if len(crossing.asks) == 1 and crossing.hedge is None and crossing.wait.k_min == 1:
+            trip = await self._alone(crossing, late)
+        else:
+            trip = await self._together(crossing, late)
+        self._conclude(crossing, trip)
+        return trip.outcome
+
+    async def _alone(self, crossing: Crossing, late: Lateness) -> _Trip:
+        """One part, in no task of its own."""
+        [(index, ask)] = crossing.asks.items()
+        quorum = Alone(len(crossing.rows_of[index]), crossing.wait, trio.current_time())
+        with trio.CancelScope() as scope:
+            trip = _Trip(crossing, late, quorum, scope)
+            await self._call(trip, ask.peer, (index,))
+        return trip
+
+    async def _together(self, crossing: Crossing, late: Lateness) -> _Trip:
+        """Many parts, or one for which others are asked when it is late."""
+        now = trio.current_time()
+        quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, now)
         async with trio.open_nursery() as calls:
-            trip = _Trip(crossing, late, calls)
+            trip = _Trip(crossing, late, quorum, calls.cancel_scope)
+            trip.calls = calls
             self._start(trip, crossing.asks)
             if crossing.hedge is not None:
                 crossing.hedge.budget.earn(sum(ask.rows for ask in crossing.asks.values()))
                 await self._mind(trip)
-        self._conclude(crossing, trip)
-        return trip.outcome
+        return trip
 
     def _conclude(self, crossing: Crossing, trip: _Trip) -> None:
         """Nothing more will come."""
@@ -133,7 +155,7 @@ class Caller:
             self.auditor.saw(trip.asks[index], tensors, step, crossing.audit)
         self._tell()
         outcome.hedged = len(trip.asks) - len(crossing.asks)
-        outcome.served = int(trip.quorum.served.sum())
+        outcome.served = trip.quorum.rows_served
         outcome.seconds, outcome.waited = now - trip.began, trip.quorum.waited(now)
         self._count(crossing, trip, now)
 
@@ -184,6 +206,7 @@ class Caller:
 
     # -------------------------------------------------------------------------------- the calls
     def _start(self, trip: _Trip, asks: Mapping[int, Ask]) -> None:
+        assert trip.calls is not None
         for peer, indices in group(asks):
             trip.calls.start_soon(self._call, trip, peer, indices)
 

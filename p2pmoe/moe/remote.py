@@ -25,6 +25,8 @@ from p2pmoe.moe.link import open_link
 from p2pmoe.moe.quorum import QuorumParams
 from p2pmoe.swarm import TIMEOUT, Swarm
 
+_ROW = {0: np.array([0])}  # an expert by itself answers for all that it is asked, as one row
+
 
 class Trip(Protocol):
     """One way to experts and back. Tensors are detached and on the CPU."""
@@ -94,7 +96,7 @@ class _ExpertTrip:
             ask = replace(ask, grads=grads, update=update, dry_run=dry_run)
         method = BACKWARD if grads else FORWARD
         wait = QuorumParams(k_min=1, grace=0.0, patience=left, timeout=left)
-        outcome = link.cross(Crossing(method, {0: ask}, {0: np.array([0])}, 1, wait))
+        outcome = link.cross(Crossing(method, {0: ask}, _ROW, 1, wait))
         for error in outcome.errors.values():
             raise error
         return outcome.answers[0]
