@@ -48,7 +48,7 @@ class Intake:
         self._fitting: dict[Takes, SchemaMismatch | None] = {}  # of the experts asked for
         rows = [part.rows for part in self.parts]
         whole = map(from_wire, described, split(call.payload, described))
-        columns = [torch.split(tensor, rows) for tensor in whole]
+        columns = [torch.split(tensor, rows) if len(rows) > 1 else (tensor,) for tensor in whole]
         pieces = zip(*columns, strict=True) if columns else [()] * len(rows)
         self._rows: list[Tensors] = list(pieces)
 

@@ -37,7 +37,7 @@ from p2pmoe.moe.auditing import Auditor
 from p2pmoe.moe.calls import Ask, Crossing, Outcome, Tensors, read_answer, request
 from p2pmoe.moe.dispatch import group
 from p2pmoe.moe.hedging import Lateness
-from p2pmoe.moe.quorum import Alone, Quorum
+from p2pmoe.moe.quorum import Quorum, Single
 from p2pmoe.moe.standing import Key, Standing, StandingParams
 from p2pmoe.moe.stats import Passes
 from p2pmoe.node import Node
@@ -73,9 +73,11 @@ class _Trip:
     """A crossing on its way: what has come, and until when the rest is waited for."""
 
     def __init__(
-        self, crossing: Crossing, late: Lateness, quorum: Quorum | Alone, scope: trio.CancelScope
+        self, crossing: Crossing, late: Lateness, quorum: Quorum | Single, scope: trio.CancelScope
     ) -> None:
         self.method, self.hedge, self.late = crossing.method, crossing.hedge, late
+        self.read = crossing.alone.take if crossing.alone else read_answer
+        self.request = crossing.alone and crossing.alone.request
         self.asks = dict(crossing.asks)
         self.outcome = Outcome()
         self.ended = trio.Event()  # every part has its answer, or none
@@ -114,7 +116,7 @@ class Caller:
         self.standing.asked(keys.values(), now)
         hedged = keys if crossing.hedge is not None else {}
         late = Lateness({i: self.standing.usual(key) for i, key in hedged.items()}, now)
-        if len(crossing.asks) == 1 and crossing.hedge is None and crossing.wait.k_min == 1:
+        if crossing.alone is not None:
             trip = await self._alone(crossing, late)
         else:
             trip = await self._together(crossing, late)
@@ -123,12 +125,19 @@ class Caller:
 
     async def _alone(self, crossing: Crossing, late: Lateness) -> _Trip:
         """One part, in no task of its own."""
-        [(index, ask)] = crossing.asks.items()
-        quorum = Alone(len(crossing.rows_of[index]), crossing.wait, trio.current_time())
+        quorum = Single(crossing.rows, crossing.wait, trio.current_time())
         with trio.CancelScope() as scope:
             trip = _Trip(crossing, late, quorum, scope)
-            await self._call(trip, ask.peer, (index,))
+            await self._call(trip, crossing.asks[0].peer, (0,))
         return trip
+
+    async def regret(self, crossing: Crossing, error: P2PMoEError) -> None:
+        """The answer to a part alone, which was good as far as Trio's thread looked, is none."""
+        [ask] = crossing.asks.values()
+        self._blame({ask: error})
+        self._tell()
+        figures = {"rows_served": -1, "answered": -ask.rows, f"missed.{error.code}": ask.rows}
+        self.passes.add(crossing.method, figures)
 
     async def _together(self, crossing: Crossing, late: Lateness) -> _Trip:
         """Many parts, or one for which others are asked when it is late."""
@@ -224,6 +233,7 @@ class Caller:
                 continue
             spares = trip.hedge.spares(index)
             asks = {spare.index: spare.ask for spare in spares}
+            assert isinstance(trip.quorum, Quorum)
             trip.quorum.asked({spare.index: spare.rows for spare in spares})
             trip.asks |= asks
             self._start(trip, asks)
@@ -236,13 +246,13 @@ class Caller:
         began = trio.current_time()
         error: P2PMoEError = RemoteError("the answer ended before this part", peer=peer.short)
         try:
-            body, payload = request(list(waiting.values()))
+            body, payload = trip.request or request(list(waiting.values()))
             async with self._node.pool.open_call(
                 self._book.contact(peer), trip.method, body, payload, bulk=True
             ) as parts:
                 async for part in parts:
                     answer = schema.decode(part.body, Answer)
-                    answers, errors = read_answer(waiting, answer, part.payload)
+                    answers, errors = trip.read(waiting, answer, part.payload)
                     seconds = trio.current_time() - began if trip.method == FORWARD else None
                     for at in answers:
                         self.standing.answered(_key(waiting[at]), seconds, trio.current_time())

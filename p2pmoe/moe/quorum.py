@@ -94,7 +94,7 @@ class Quorum:
         return (now if self._last_answer == -math.inf else self._last_answer) - self._started
 
 
-class Alone:
+class Single:
     """The quorum of a batch that is one part, of which each row needs one answer: a tenth as dear.
 
     It waits until that part has ended, and has no use for `grace`.
