@@ -24,7 +24,8 @@ MAX_PARTS = 256  # parts of one answer; a guess, four times what one expert call
 MAX_DETAIL = 256  # characters of a failure's text
 MAX_WINDOW_BYTES = 8 * 1024 * 1024  # credit that may be open at once, for a call or a connection
 
-CallId = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+MOST_CALLS = 2**63 - 1  # the largest id; msgspec bounds integers by int64
+CallId = Annotated[int, msgspec.Meta(ge=1, le=MOST_CALLS)]
 Body = Annotated[bytes, msgspec.Meta(max_length=MAX_BODY_BYTES)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)]
 Detail = Annotated[str, msgspec.Meta(max_length=MAX_DETAIL)]
@@ -125,10 +126,37 @@ _KINDS: dict[object, type[Message]] = {
 }
 
 
+_ID = cbor.dumps("id")
+_CHUNK, _ = schema.encode(Chunk(id=1)).split(_ID)
+_END, _ENDED = schema.encode(End(id=1)).split(_ID)
+# What two frames of each call begin and end with, around its id
+_CHUNK, _END, _ENDED = _CHUNK + _ID, _END + _ID, _ENDED[1:]
+
+
+def encode_header(message: Message) -> bytes:
+    """The bytes of a frame's header; those that each call has are put together from parts."""
+    if type(message) is Chunk:
+        return _CHUNK + cbor.unsigned(message.id)
+    if type(message) is End and not (message.code or message.detail or message.retry_after_ms):
+        return _END + cbor.unsigned(message.id) + _ENDED
+    return schema.encode(message)
+
+
 def decode_header(data: bytes) -> Header:
     """A frame's header from its bytes; raises as `schema.decode`."""
+    if data.startswith(_CHUNK) and (call := _call_id(data[len(_CHUNK) :])):
+        return Chunk(id=call)
+    ended = data.startswith(_END) and data.endswith(_ENDED)
+    if ended and (call := _call_id(data[len(_END) : -len(_ENDED)])):
+        return End(id=call)
     value = cbor.loads(data)
     tag = value.get("t") if type(value) is dict else None
     # One kind is converted in a tenth of the time that msgspec takes to look into a union.
     kind = _KINDS.get(tag) if type(tag) is str else None
     return cast("Header", schema.convert(value, kind or cast("Any", Header)))
+
+
+def _call_id(data: bytes) -> int:
+    """The id that these bytes are; 0 for anything else, which is looked at more closely."""
+    value = int.from_bytes(data[1:] or data, "big")
+    return value if value <= MOST_CALLS and cbor.unsigned(value) == data else 0

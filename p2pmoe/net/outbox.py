@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 from p2pmoe.errors import MalformedMessage
 from p2pmoe.net.credit import Credit
-from p2pmoe.net.messages import Chunk
+from p2pmoe.net.messages import Chunk, encode_header
 from p2pmoe.net.messages import Credit as Announcement
-from p2pmoe.wire import schema
 from p2pmoe.wire.schema import Message
 
 CONNECTION = 0  # the id of the connection itself, in CREDIT and for its GOODBYE
@@ -75,7 +74,7 @@ class _Stream:
         self.call = call
         self.items: deque[_Item] = deque()
         self.credit = Credit()
-        self.chunk_header = schema.encode(Chunk(id=call))
+        self.chunk_header = encode_header(Chunk(id=call))
         self.queue: deque[_Stream] | None = None  # where it waits for its turn
         self.begun = False  # whether a header of it was sent
 
@@ -114,7 +113,7 @@ class Outbox:
     ) -> None:
         """Send a header and its payload behind what the call has to send already."""
         stream = self._streams[call]
-        item = _Item(schema.encode(header), deque(payload), last)
+        item = _Item(encode_header(header), deque(payload), last)
         self.unsent_bytes += sum(map(len, item.views))
         stream.items.append(item)
         if len(stream.items) == 1:
@@ -167,11 +166,11 @@ class Outbox:
     def next_frame(self) -> OutFrame | None:
         """The frame to send now; None when there is none, or no credit for it."""
         if self._small:
-            return OutFrame(schema.encode(self._small.popleft()))
+            return OutFrame(encode_header(self._small.popleft()))
         if self._announced:
             call = next(iter(self._announced))
             credit = Announcement(id=call, size=self._announced.pop(call))
-            return OutFrame(schema.encode(credit))
+            return OutFrame(encode_header(credit))
         if self._headers:
             return self._next_header(self._headers[0])
         if self._chunks and self._credit.left:

@@ -60,6 +60,19 @@ def loads(data: bytes | bytearray | memoryview) -> Any:
     return value
 
 
+def unsigned(value: int) -> bytes:
+    """The bytes of an integer from 0 up to 64 bits."""
+    if value < 24:
+        return bytes((value,))
+    if value < 1 << 8:
+        return bytes((24, value))
+    if value < 1 << 16:
+        return b"\x19" + value.to_bytes(2, "big")
+    if value < 1 << 32:
+        return b"\x1a" + value.to_bytes(4, "big")
+    return b"\x1b" + value.to_bytes(8, "big")
+
+
 def _count(value: Any, depth: int) -> int:
     """How many items a value has. It must be of the profile's own types: cbor2 knows others."""
     kind = type(value)

@@ -23,6 +23,7 @@ from p2pmoe.net.messages import (
     Reply,
     Request,
     decode_header,
+    encode_header,
 )
 from p2pmoe.wire import cbor, schema
 from p2pmoe.wire.framing import MAX_HEADER_BYTES
@@ -87,3 +88,35 @@ def test_a_call_has_an_id_above_zero_because_zero_is_the_connection():
     assert decode_header(schema.encode(Credit(id=0, size=1))) == Credit(id=0, size=1)
     with pytest.raises(MalformedMessage, match=r"schema\.mismatch"):
         decode_header(cbor.dumps({"t": "chunk", "id": 0}))
+
+
+IDS = [1, 2, 23, 24, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**63 - 1]
+
+
+@pytest.mark.parametrize("call", IDS)
+@pytest.mark.parametrize("kind", [Chunk, End])
+def test_a_header_put_together_from_parts_is_the_one_of_the_schema(call, kind):
+    data = encode_header(kind(id=call))
+    assert data == schema.encode(kind(id=call))
+    assert decode_header(data) == kind(id=call)
+
+
+def test_an_end_that_says_more_is_encoded_as_any_message():
+    for end in (End(id=3, code="busy"), End(id=3, detail="x"), End(id=3, retry_after_ms=5)):
+        assert encode_header(end) == schema.encode(end)
+        assert decode_header(encode_header(end)) == end
+
+
+@pytest.mark.parametrize("kind", [Chunk, End])
+@pytest.mark.parametrize(
+    "written",
+    [
+        *(b"\x00", b"\x18\x17", b"\x19\x00\xff", b"\x1a\x00\x00\xff\xff", b"\x20", b"\x41\x05"),
+        *(b"\x1b\x00\x00\x00\x00\xff\xff\xff\xff", b"\x1b\x80" + bytes(7), b"", b"\x01\x01"),
+        b"\x1b" + bytes(8) + b"\x01",
+    ],
+)
+def test_an_id_that_is_none_is_refused_however_it_is_written(kind, written):
+    data = encode_header(kind(id=1)).replace(b"bid\x01", b"bid" + written)
+    with pytest.raises(MalformedMessage):
+        decode_header(data)
