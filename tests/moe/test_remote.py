@@ -123,6 +123,20 @@ def test_what_goes_wrong_there_is_a_typed_error_here() -> None:
         assert caught.value.expert == "ffn.1"
 
 
+def test_an_answer_that_is_none_counts_as_missed() -> None:
+    with one_expert(linear()) as fake:
+        expert, there = RemoteExpert(fake.swarm, "ffn.1"), fake.experts["ffn.1"]
+        with torch.no_grad():
+            expert(torch.zeros(3, D, dtype=torch.float64))
+        there.spoil = lambda tensor: tensor * torch.nan
+        with pytest.raises(NonFiniteError) as caught:
+            expert(torch.ones(2, D, dtype=torch.float64))
+        assert (caught.value.expert, caught.value.peer) == ("ffn.1", peer(1).short)
+        told = expert.link.service.describe()["forward"]
+        assert (told["asked"], told["answered"], told["missed.nonfinite"]) == (5, 3, 2)
+        assert (told["passes"], told["rows_served"]) == (2, 1)
+
+
 def test_a_uid_that_nobody_serves_is_a_clear_error() -> None:
     with one_expert(linear()) as fake:
         with pytest.raises(ExpertUnavailable, match="1 experts of this grid"):
