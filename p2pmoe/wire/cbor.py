@@ -62,15 +62,8 @@ def loads(data: bytes | bytearray | memoryview) -> Any:
 
 def unsigned(value: int) -> bytes:
     """The bytes of an integer from 0 up to 64 bits."""
-    if value < 24:
-        return bytes((value,))
-    if value < 1 << 8:
-        return bytes((24, value))
-    if value < 1 << 16:
-        return b"\x19" + value.to_bytes(2, "big")
-    if value < 1 << 32:
-        return b"\x1a" + value.to_bytes(4, "big")
-    return b"\x1b" + value.to_bytes(8, "big")
+    data: bytes = cbor2.dumps(value)
+    return data
 
 
 def _count(value: Any, depth: int) -> int:
