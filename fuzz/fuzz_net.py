@@ -48,6 +48,7 @@ def fuzz_one(data: bytes) -> None:
             assert 1 <= header.id < 2**63
             assert 0 <= header.size <= 64 * MIB
             assert len(header.body) <= 63 * 1024
+            assert isinstance(getattr(header, "last", False), bool)
         case Chunk() | Cancel():
             assert 1 <= header.id < 2**63
         case End():

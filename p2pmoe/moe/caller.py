@@ -260,6 +260,8 @@ class Caller:
                         del waiting[at]
                     trip.outcome.steps |= {indices[one.index]: one.step for one in answer.parts}
                     self._took(trip, _of(indices, answers), _of(indices, errors))
+                    if not waiting:  # whatever else might come
+                        break
         except P2PMoEError as failure:
             error = failure
             telemetry.emit("moe.call.failed", peer=peer, error=failure)

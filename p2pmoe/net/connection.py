@@ -309,7 +309,8 @@ class Connection:
                     self._running[effect.id] = scope
                     calls.start_soon(self._answer, IncomingCall(self, effect), effect.id, scope)
                 case CallCancelled():
-                    self._running[effect.id].cancel()
+                    if (running := self._running.get(effect.id)) is not None:  # else it ends
+                        running.cancel()
                 case PartArrived():
                     self._asked[effect.id].arrived(effect.part)
                 case _:

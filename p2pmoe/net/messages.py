@@ -1,7 +1,8 @@
 """The headers of frames: what two peers say about a connection and the calls on it.
 
-A header is a CBOR map with a tag `t`. Only a `Chunk` has a payload behind its header. Whoever
-dialled gives its calls odd ids, the other side even ones; ids grow and are never used again.
+A header is a CBOR map with a tag `t`. A payload stands behind the header of a `Chunk`, and behind
+that of a `Request` or `Reply` when it is short. Whoever dialled gives its calls odd ids, the other
+side even ones; ids grow and are never used again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ VERSION_MAX = 1
 FEATURES = 0  # feature bits that this package knows; the two sides use what both have
 MAX_BODY_BYTES = 63 * 1024  # leaves the header's other fields 1 KiB of a 64 KiB frame
 MAX_PAYLOAD_BYTES = MAX_TENSOR_BYTES  # of one request, or of one part of an answer
+INLINE_BYTES = 16 * 1024  # of payload that go with a header; a guess, the longest TLS record
 MAX_PARTS = 256  # parts of one answer; a guess, four times what one expert call has
 MAX_DETAIL = 256  # characters of a failure's text
 MAX_WINDOW_BYTES = 8 * 1024 * 1024  # credit that may be open at once, for a call or a connection
@@ -55,7 +57,11 @@ class Refuse(Message, frozen=True, kw_only=True, tag_field="t", tag="refuse"):
 
 
 class Request(Message, frozen=True, kw_only=True, tag_field="t", tag="request"):
-    """A call. `size` bytes of payload follow in chunks; `budget_ms` is left of its deadline."""
+    """A call. `budget_ms` is left of its deadline.
+
+    A payload of at most 16 KiB stands in the same frame; a longer one, of `size` bytes, follows in
+    chunks.
+    """
 
     id: CallId
     method: Text64
@@ -65,11 +71,12 @@ class Request(Message, frozen=True, kw_only=True, tag_field="t", tag="request"):
 
 
 class Reply(Message, frozen=True, kw_only=True, tag_field="t", tag="reply"):
-    """A part of the answer. `size` bytes of payload follow in chunks, before the next part."""
+    """A part of the answer, with a payload as a request's. The call is over after the `last`."""
 
     id: CallId
     body: Body = b""
     size: Size = 0
+    last: bool = False
 
 
 class Chunk(Message, frozen=True, kw_only=True, tag_field="t", tag="chunk"):
@@ -92,7 +99,10 @@ class Cancel(Message, frozen=True, kw_only=True, tag_field="t", tag="cancel"):
 
 
 class End(Message, frozen=True, kw_only=True, tag_field="t", tag="end"):
-    """The last frame of an answer. `code` is empty when all went well."""
+    """The end of an answer that failed, or whose last part did not say that it is the last.
+
+    `code` is empty when all went well.
+    """
 
     id: CallId
     code: Text24 = ""

@@ -28,6 +28,15 @@ def test_grace_begins_when_every_row_has_an_answer() -> None:
     assert quorum.next_deadline() == pytest.approx(11.2)
 
 
+def test_an_answer_that_was_asked_for_later_serves_its_rows_too() -> None:
+    quorum = Quorum(rows([0, 1]), 2, PARAMS, now=0.0)
+    quorum.asked({7: np.array([1])})
+    quorum.answered([7], now=0.5)
+    assert (quorum.rows_served, quorum.next_deadline()) == (1, 2.0)
+    quorum.answered([0], now=0.6)
+    assert (quorum.rows_served, quorum.next_deadline()) == (2, pytest.approx(0.8))
+
+
 def test_a_row_needs_k_min_answers_of_its_own() -> None:
     quorum = Quorum(rows([0, 1], [0]), 2, QuorumParams(2, 0.2, 2.0, 5.0), now=0.0)
     quorum.answered([0], now=0.1)

@@ -137,6 +137,17 @@ def test_an_answer_that_is_none_counts_as_missed() -> None:
         assert (told["passes"], told["rows_served"]) == (2, 1)
 
 
+def test_an_answer_is_not_held_up_by_a_server_that_never_says_that_it_was_all() -> None:
+    with one_expert(linear()) as fake:
+        expert = RemoteExpert(fake.swarm, "ffn.1", timeout=3600.0)
+        fake.pool.endless = True
+        x = torch.randn(3, D, dtype=torch.float64)
+        y = expert(x)
+        assert torch.equal(y, fake.experts["ffn.1"].module(x))
+        y.sum().backward()
+        assert len(fake.experts["ffn.1"].updates) == 1
+
+
 def test_a_uid_that_nobody_serves_is_a_clear_error() -> None:
     with one_expert(linear()) as fake:
         with pytest.raises(ExpertUnavailable, match="1 experts of this grid"):
