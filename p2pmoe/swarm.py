@@ -149,9 +149,10 @@ class Bridge:
             raise NodeClosed(CLOSED) from None
 
     def _next_job(self) -> Job | None:
-        with contextlib.suppress(IndexError):
+        try:
             return self._jobs.popleft()
-        return None
+        except IndexError:
+            return None
 
     def _submit(self, job: Job) -> None:
         """Have a job taken: of many that come at once, the first one wakes Trio for all."""

@@ -180,7 +180,7 @@ class ExpertService:
         await call.send(schema.encode(reply))
 
     async def _answer_forward(self, call: IncomingCall) -> None:
-        await self._answer(call, schema.decode(call.body, ForwardRequest))
+        await self._answer(call, schema.decode_again(call.body, ForwardRequest))
 
     async def _answer_backward(self, call: IncomingCall) -> None:
         await self._answer(call, schema.decode(call.body, BackwardRequest))

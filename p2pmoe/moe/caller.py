@@ -73,7 +73,11 @@ class _Trip:
     """A crossing on its way: what has come, and until when the rest is waited for."""
 
     def __init__(
-        self, crossing: Crossing, late: Lateness, quorum: Quorum | Single, scope: trio.CancelScope
+        self,
+        crossing: Crossing,
+        late: Lateness,
+        quorum: Quorum | Single,
+        calls: trio.Nursery | None = None,
     ) -> None:
         self.method, self.hedge, self.late = crossing.method, crossing.hedge, late
         self.read = crossing.alone.take if crossing.alone else read_answer
@@ -82,9 +86,14 @@ class _Trip:
         self.outcome = Outcome()
         self.ended = trio.Event()  # every part has its answer, or none
         self.began = trio.current_time()
-        self.quorum, self._scope = quorum, scope
-        self.calls: trio.Nursery | None = None  # where more than one part is asked
-        scope.deadline = quorum.next_deadline()
+        self.quorum = quorum
+        self.calls = calls  # where more than one part is asked; its deadline is the quorum's
+        self._wait()
+
+    def _wait(self) -> None:
+        """As long as the quorum says."""
+        if self.calls is not None:
+            self.calls.cancel_scope.deadline = self.quorum.next_deadline()
 
     def took(self, answers: Mapping[int, Tensors], errors: Mapping[int, P2PMoEError]) -> None:
         """Parts have good answers, or no answer, or a bad one."""
@@ -95,7 +104,7 @@ class _Trip:
         if errors:
             outcome.errors.update(errors)
             self.quorum.failed(errors, now)
-        self._scope.deadline = self.quorum.next_deadline()
+        self._wait()
         if len(outcome.answers) + len(outcome.errors) == len(self.asks):
             self.ended.set()
 
@@ -126,8 +135,8 @@ class Caller:
     async def _alone(self, crossing: Crossing, late: Lateness) -> _Trip:
         """One part, in no task of its own."""
         quorum = Single(crossing.rows, crossing.wait, trio.current_time())
-        with trio.CancelScope() as scope:
-            trip = _Trip(crossing, late, quorum, scope)
+        trip = _Trip(crossing, late, quorum)
+        with trio.CancelScope(deadline=quorum.next_deadline()):
             await self._call(trip, crossing.asks[0].peer, (0,))
         return trip
 
@@ -144,8 +153,7 @@ class Caller:
         now = trio.current_time()
         quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, now)
         async with trio.open_nursery() as calls:
-            trip = _Trip(crossing, late, quorum, calls.cancel_scope)
-            trip.calls = calls
+            trip = _Trip(crossing, late, quorum, calls)
             self._start(trip, crossing.asks)
             if crossing.hedge is not None:
                 crossing.hedge.budget.earn(sum(ask.rows for ask in crossing.asks.values()))
@@ -251,11 +259,12 @@ class Caller:
                 self._book.contact(peer), trip.method, body, payload, bulk=True
             ) as parts:
                 async for part in parts:
-                    answer = schema.decode(part.body, Answer)
+                    answer = schema.decode_again(part.body, Answer)
                     answers, errors = trip.read(waiting, answer, part.payload)
-                    seconds = trio.current_time() - began if trip.method == FORWARD else None
+                    now = trio.current_time()
+                    seconds = now - began if trip.method == FORWARD else None
                     for at in answers:
-                        self.standing.answered(_key(waiting[at]), seconds, trio.current_time())
+                        self.standing.answered(_key(waiting[at]), seconds, now)
                     for at in (*answers, *errors):
                         del waiting[at]
                     trip.outcome.steps |= {indices[one.index]: one.step for one in answer.parts}

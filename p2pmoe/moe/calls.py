@@ -122,7 +122,7 @@ def request(asks: Sequence[Ask]) -> tuple[bytes, list[memoryview]]:
     tensors, payload = rows_to_wire(list(zip(*given, strict=True)))
     if not asks[0].update:
         forward = [ForwardPart(uid=ask.uid, lease=ask.lease, rows=ask.rows) for ask in asks]
-        return schema.encode(ForwardRequest(parts=tuple(forward), inputs=tensors)), payload
+        return schema.encode_again(ForwardRequest(parts=tuple(forward), inputs=tensors)), payload
     backward = [
         BackwardPart(uid=ask.uid, lease=ask.lease, rows=ask.rows, update=ask.update) for ask in asks
     ]
