@@ -103,7 +103,10 @@ class Script:
             return Goodbye(last_id=a % 16)
         if kind is Credit:
             return Credit(id=a % 16, size=1 + 2 * b)
-        more = {Reply: {"size": announced(b), "last": bool(b % 2)}, End: {"code": "" if b % 2 else "internal"}}
+        more = {
+            Reply: {"size": announced(b), "last": bool(b % 2)},
+            End: {"code": "" if b % 2 else "internal"},
+        }
         return kind(id=1 + a % 16, **more.get(kind, {}))
 
 

@@ -25,6 +25,7 @@ MIB = 2**20
 def fuzz_one(data: bytes) -> None:
     try:
         header = decode_header(data)
+        assert schema.convert(cbor.loads(data), type(header)) == header
     except MalformedMessage as error:
         why, said = error.why, str(error)
         assert why == "schema.mismatch" or why.startswith("cbor.")

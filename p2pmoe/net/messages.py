@@ -7,6 +7,7 @@ side even ones; ids grow and are never used again.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
@@ -136,24 +137,56 @@ _KINDS: dict[object, type[Message]] = {
 }
 
 
+# The headers that each call has are put together, and taken apart, from these pieces around what
+# differs; any other form of theirs is read as all messages are.
+_BODY, _LAST, _SIZE = (cbor.dumps(key) for key in ("body", "last", "size"))
+_METHOD, _BUDGET = cbor.dumps("method"), cbor.dumps("budget_ms")
 _ID = cbor.dumps("id")
-_CHUNK, _ = schema.encode(Chunk(id=1)).split(_ID)
-_END, _ENDED = schema.encode(End(id=1)).split(_ID)
-# What two frames of each call begin and end with, around its id
-_CHUNK, _END, _ENDED = _CHUNK + _ID, _END + _ID, _ENDED[1:]
+_REQUEST, _REPLY, _CHUNK, _END = (
+    schema.encode(message).partition(_ID)[0] + _ID
+    for message in (Request(id=1, method="", budget_ms=0), Reply(id=1), Chunk(id=1), End(id=1))
+)
+_ENDED = schema.encode(End(id=1))[len(_END) + 1 :]
+_TRUE = cbor.plain(True)
+# Heads of items in their shortest form, of RFC 8949, section 4.2.1
+_UINT32 = rb"[\0-\x17]|\x18[\x18-\xff]|\x19(?!\0)..|\x1a(?!\0\0)...."
+_UINT63 = _UINT32 + rb"|\x1b(?!\0{4})[\0-\x7f].{7}"
+_LENGTH = rb"[\x40-\x57]|\x58[\x18-\xff]|\x59(?!\0).."
+
+
+def _pattern(*parts: bytes) -> re.Pattern[bytes]:
+    return re.compile(b"".join(parts), re.DOTALL)
+
+
+_BEGINS = _pattern(b"(%b|%b)(%b)" % (_REQUEST, _REPLY, _UINT63), _BODY, b"(%b)" % _LENGTH)
+_REPLY_ENDS = _pattern(_LAST, rb"(?P<last>[\xf4\xf5])", _SIZE, b"(?P<size>%b)" % _UINT32)
+_REQUEST_ENDS = _pattern(
+    *(_SIZE, b"(?P<size>%b)" % _UINT32, _METHOD, rb"(?P<length>[\x60-\x77])(?P<method>[ -~]*)"),
+    *(_BUDGET, b"(?P<budget>%b)" % _UINT32),
+)
 
 
 def encode_header(message: Message) -> bytes:
-    """The bytes of a frame's header; those that each call has are put together from parts."""
-    if type(message) is Chunk:
-        return _CHUNK + cbor.unsigned(message.id)
-    if type(message) is End and not (message.code or message.detail or message.retry_after_ms):
-        return _END + cbor.unsigned(message.id) + _ENDED
+    """The bytes of a frame's header."""
+    plain = cbor.plain
+    if isinstance(message, Request):
+        start = _REQUEST, plain(message.id), _BODY, plain(message.body), _SIZE, plain(message.size)
+        method = cbor.dumps(message.method)
+        return b"".join((*start, _METHOD, method, _BUDGET, plain(message.budget_ms)))
+    if isinstance(message, Reply):
+        start = _REPLY, plain(message.id), _BODY, plain(message.body), _LAST, plain(message.last)
+        return b"".join((*start, _SIZE, plain(message.size)))
+    if isinstance(message, Chunk):
+        return _CHUNK + plain(message.id)
+    if isinstance(message, End) and message == End(id=message.id):
+        return _END + plain(message.id) + _ENDED
     return schema.encode(message)
 
 
 def decode_header(data: bytes) -> Header:
     """A frame's header from its bytes; raises as `schema.decode`."""
+    if message := _message(data):
+        return message
     if data.startswith(_CHUNK) and (call := _call_id(data[len(_CHUNK) :])):
         return Chunk(id=call)
     ended = data.startswith(_END) and data.endswith(_ENDED)
@@ -166,7 +199,33 @@ def decode_header(data: bytes) -> Header:
     return cast("Header", schema.convert(value, kind or cast("Any", Header)))
 
 
+def _message(data: bytes) -> Request | Reply | None:
+    """The request or reply that these bytes are, if they have its usual form."""
+    if not (begin := _BEGINS.match(data)):
+        return None
+    call, at = _number(begin[2]), begin.end()
+    end = at + _number(begin[3])
+    is_reply = begin[1] == _REPLY
+    rest = (_REPLY_ENDS if is_reply else _REQUEST_ENDS).fullmatch(data, end)
+    if not (rest and call) or end - at > MAX_BODY_BYTES:
+        return None
+    body, size = data[at:end], _number(rest["size"])
+    if size > MAX_PAYLOAD_BYTES:
+        return None
+    if is_reply:
+        return Reply(id=call, body=body, last=rest["last"] == _TRUE, size=size)
+    method, budget_ms = rest["method"], _number(rest["budget"])
+    if _number(rest["length"]) != len(method):
+        return None
+    return Request(id=call, method=method.decode(), budget_ms=budget_ms, body=body, size=size)
+
+
+def _number(head: bytes) -> int:
+    """The argument of an item's head."""
+    return int.from_bytes(head[1:], "big") if len(head) > 1 else head[0] & 0x1F
+
+
 def _call_id(data: bytes) -> int:
     """The id that these bytes are; 0 for anything else, which is looked at more closely."""
     value = int.from_bytes(data[1:] or data, "big")
-    return value if value <= MOST_CALLS and cbor.unsigned(value) == data else 0
+    return value if value <= MOST_CALLS and cbor.plain(value) == data else 0

@@ -60,8 +60,8 @@ def loads(data: bytes | bytearray | memoryview) -> Any:
     return value
 
 
-def unsigned(value: int) -> bytes:
-    """The bytes of an integer from 0 up to 64 bits."""
+def plain(value: int | bytes) -> bytes:
+    """The bytes of an integer of up to 64 bits, a byte string, or a truth: no check is needed."""
     data: bytes = cbor2.dumps(value)
     return data
 
