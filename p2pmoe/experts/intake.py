@@ -44,7 +44,7 @@ class Intake:
         check_rows(self.parts, described)
         self._schema = tuple((tensor.dtype, tensor.shape[1:]) for tensor in described)
         self._client = call.peer.raw  # hashed often, and faster than an id
-        self._arrived, self._deadline = trio.current_time(), trio.current_effective_deadline()
+        self._arrived, self._deadline = trio.current_time(), call.deadline
         self._fitting: dict[Takes, SchemaMismatch | None] = {}  # of the experts asked for
         rows = [part.rows for part in self.parts]
         whole = map(from_wire, described, split(call.payload, described))

@@ -77,6 +77,7 @@ class _Trip:
         crossing: Crossing,
         late: Lateness,
         quorum: Quorum | Single,
+        now: float,
         calls: trio.Nursery | None = None,
     ) -> None:
         self.method, self.hedge, self.late = crossing.method, crossing.hedge, late
@@ -85,7 +86,7 @@ class _Trip:
         self.asks = dict(crossing.asks)
         self.outcome = Outcome()
         self.ended = trio.Event()  # every part has its answer, or none
-        self.began = trio.current_time()
+        self.began = now
         self.quorum = quorum
         self.calls = calls  # where more than one part is asked; its deadline is the quorum's
         self._wait()
@@ -126,16 +127,16 @@ class Caller:
         hedged = keys if crossing.hedge is not None else {}
         late = Lateness({i: self.standing.usual(key) for i, key in hedged.items()}, now)
         if crossing.alone is not None:
-            trip = await self._alone(crossing, late)
+            trip = await self._alone(crossing, late, now)
         else:
-            trip = await self._together(crossing, late)
+            trip = await self._together(crossing, late, now)
         self._conclude(crossing, trip)
         return trip.outcome
 
-    async def _alone(self, crossing: Crossing, late: Lateness) -> _Trip:
+    async def _alone(self, crossing: Crossing, late: Lateness, now: float) -> _Trip:
         """One part, in no task of its own."""
-        quorum = Single(crossing.rows, crossing.wait, trio.current_time())
-        trip = _Trip(crossing, late, quorum)
+        quorum = Single(crossing.rows, crossing.wait, now)
+        trip = _Trip(crossing, late, quorum, now)
         with trio.CancelScope(deadline=quorum.next_deadline()):
             await self._call(trip, crossing.asks[0].peer, (0,))
         return trip
@@ -148,12 +149,11 @@ class Caller:
         figures = {"rows_served": -1, "answered": -ask.rows, f"missed.{error.code}": ask.rows}
         self.passes.add(crossing.method, figures)
 
-    async def _together(self, crossing: Crossing, late: Lateness) -> _Trip:
+    async def _together(self, crossing: Crossing, late: Lateness, now: float) -> _Trip:
         """Many parts, or one for which others are asked when it is late."""
-        now = trio.current_time()
         quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, now)
         async with trio.open_nursery() as calls:
-            trip = _Trip(crossing, late, quorum, calls)
+            trip = _Trip(crossing, late, quorum, now, calls)
             self._start(trip, crossing.asks)
             if crossing.hedge is not None:
                 crossing.hedge.budget.earn(sum(ask.rows for ask in crossing.asks.values()))
