@@ -82,13 +82,13 @@ class Case:
 
 
 CASES = [
-    Case((0, 0), 0, 3 * CHUNK, 80_000, apart=False),
+    Case((0, 0), 0, 3 * CHUNK, 50_000, apart=False),
     Case((0, 0), 3 * CHUNK, 0, 9_000),
     Case((0, 0), 3 * CHUNK, 0, 2_000, room=1),
     Case((0, 0), 3 * CHUNK, 3 * CHUNK, 1_000, inline=3 * CHUNK),
     Case((0, 1), 3 * CHUNK, 3 * CHUNK, 1_000, inline=3 * CHUNK),
     Case((0, 1), 3 * CHUNK, 0, 40_000),
-    Case((0, 1), 0, 3 * CHUNK, 100_000, apart=False),
+    Case((0, 1), 0, 3 * CHUNK, 88_000, apart=False),
     Case((0, 0), 0, 2 * CHUNK, 100_000),
 ]
 
