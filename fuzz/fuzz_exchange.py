@@ -40,7 +40,7 @@ from p2pmoe.wire.framing import FrameLimits, FrameReader, frame_prefix
 
 MAX_INPUT = 120  # bytes; forty steps
 FIRST, MOST, HELD = 64, 512, 64  # bytes of windows, and of parts that nobody took
-CHUNK, PAYLOAD = 48, 600  # bytes
+INLINE, CHUNK, PAYLOAD = 24, 48, 600  # bytes
 LIMITS = QuotaParams(calls_a_peer=4, payload_a_peer=1500, grace=1e9)
 READING = FrameLimits(header_bytes=512, payload_bytes=64)
 ZEROS = bytes(2**10)
@@ -81,6 +81,8 @@ class Script:
 
     def frame(self, kind: type, a: int, b: int) -> bytes:
         payload = ZEROS[: b % (CHUNK + 2)] if kind is Chunk else ZEROS[: a // 255]
+        if kind in (Request, Reply) and 3 * b <= INLINE:
+            payload += ZEROS[: 3 * b]
         header = schema.encode(self.header(kind, a, b))
         return frame_prefix(len(header), len(payload)) + header + payload
 
@@ -88,8 +90,9 @@ class Script:
         if kind is Request:
             call = self.theirs if a < 200 else 1 + a % 16
             self.theirs = max(self.theirs, call + 2)
-            self.sizes[call].add(3 * b)
-            return Request(id=call, method="dht.x" if a % 2 else "x", budget_ms=8 * b, size=3 * b)
+            self.sizes[call] |= {3 * b, 3 * b + a // 255}
+            method = "dht.x" if a % 2 else "x"
+            return Request(id=call, method=method, budget_ms=8 * b, size=announced(b))
         if kind is Hello:
             return Hello(version_min=1, version_max=1, network=bytes(32), channel="bulk")
         if kind is Refuse:
@@ -100,8 +103,16 @@ class Script:
             return Goodbye(last_id=a % 16)
         if kind is Credit:
             return Credit(id=a % 16, size=1 + 2 * b)
-        more = {Reply: {"size": 3 * b}, End: {"code": "" if b % 2 else "internal"}}
+        more = {
+            Reply: {"size": announced(b), "last": bool(b % 2)},
+            End: {"code": "" if b % 2 else "internal"},
+        }
         return kind(id=1 + a % 16, **more.get(kind, {}))
+
+
+def announced(b: int) -> int:
+    """Bytes of a payload that follow in chunks."""
+    return 3 * b if 3 * b > INLINE else 0
 
 
 def script_of(data: bytes, *, dialler: bool) -> Script:
@@ -126,6 +137,10 @@ PLAYS = [
     [*ASKED, *PART, *PART, *PART, step("taken"), step("taken"), step("send", ALL), step(End)],
     [*ASKED, step("cancel"), step("send", ALL), *PART, step(End, 0, 0)],
     [*CALLED, step("reply", 0, 60), step("send", ALL), step(Credit, 1, 99), step("end", 0, 0)],
+    [step("ask", 0, 5), step("send", ALL), step(Reply, 0, 4), step(Reply, 0, 7), step("taken")],
+    [step("ask"), step("send", ALL), step("cancel"), step(Reply, 0, 33), *[step(Chunk, 0, 48)] * 3],
+    [step("ask"), step("send", ALL), step(Reply, 0, 33), step("cancel"), *[step(Chunk, 0, 48)] * 3],
+    [step(Request, 0, 8), step("reply", 0, 9), step("end"), step("send", ALL), step(Cancel)],
     [*CALLED, step("reply", 0, 60), step(Cancel), step("end", 0, 0), step("send", ALL)],
     [step(Request, 0, 200), step(Chunk, 0, 20), step(Cancel), step("send", ALL)],
     [step(Request, 0, 200), step(Chunk, 0, 20), *[step("pass", 0, 255)] * 2],
@@ -135,7 +150,7 @@ PLAYS = [
     [step(Ping), *[step("pass", 0, 255)] * 2, step("send", ALL), step(Pong), step(Refuse, 0, 1)],
 ]
 SEEDS = [
-    bytes([2 * piece + (play[0] == ASKED[0])]) + b"".join(play)
+    bytes([2 * piece + (play[0][0] == ASKED[0][0])]) + b"".join(play)
     for play in PLAYS
     for piece in (0, 2)
 ]
@@ -149,7 +164,11 @@ class Performance:
         self.script, self.piece, self.now = script, piece, 0.0
         self.account = Quota(LIMITS).connect(PeerId(bytes(32)), bulk=True, now=0.0)
         params = ExchangeParams(
-            dialler=dialler, chunk_bytes=CHUNK, payload_bytes=PAYLOAD, ping_after=10.0
+            dialler=dialler,
+            chunk_bytes=CHUNK,
+            payload_bytes=PAYLOAD,
+            inline_bytes=INLINE,
+            ping_after=10.0,
         )
         self.core = Exchange(params, self.account, self.allocate, 0.0)
         self.reader = FrameReader(READING)
@@ -259,6 +278,8 @@ class Performance:
             assert out.size == len(payload) <= CHUNK
             self.sent.append((out.header, payload))
             self.check_sent(decode_header(out.header), len(payload))
+            if out.ends:
+                self.over.add(out.ends)
 
     # -------------------------------------------------------------- what must hold
     def check_sent(self, header: Any, size: int) -> None:
@@ -275,6 +296,7 @@ class Performance:
                 self.owed[call] -= size
                 assert self.owed[call] >= 0 < size
             case Request() | Reply():
+                assert size <= (0 if header.size else INLINE)
                 self.owed[call] += header.size
             case End():
                 assert header.code or not self.owed[call], "the payload of every part was sent"

@@ -25,6 +25,7 @@ MIB = 2**20
 def fuzz_one(data: bytes) -> None:
     try:
         header = decode_header(data)
+        assert schema.convert(cbor.loads(data), type(header)) == header
     except MalformedMessage as error:
         why, said = error.why, str(error)
         assert why == "schema.mismatch" or why.startswith("cbor.")
@@ -48,6 +49,7 @@ def fuzz_one(data: bytes) -> None:
             assert 1 <= header.id < 2**63
             assert 0 <= header.size <= 64 * MIB
             assert len(header.body) <= 63 * 1024
+            assert isinstance(getattr(header, "last", False), bool)
         case Chunk() | Cancel():
             assert 1 <= header.id < 2**63
         case End():

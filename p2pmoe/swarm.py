@@ -17,6 +17,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractAsyncContextManager
@@ -90,6 +91,8 @@ class Bridge:
 
     def __init__(self) -> None:
         self._calls: trio.Nursery | None = None  # while calls are taken
+        self._jobs: deque[Job] = deque()  # that wait for Trio's thread to take them
+        self._woken = False  # whether it is on its way to them
         self._token: Future[trio.lowlevel.TrioToken] = Future()
         self._thread: int | None = None
         self._life = trio.CancelScope()
@@ -122,7 +125,7 @@ class Bridge:
             raise LocalProtocolError("a swarm is called from any thread but its own")
         job = Job(afn, args, seconds)
         try:
-            self._soon(self._submit, job)
+            self._submit(job)
             job.wait(seconds + SLACK)
         except BaseException:  # an interrupt, too: nobody waits for the call any more
             with contextlib.suppress(NodeClosed):
@@ -145,11 +148,33 @@ class Bridge:
         except trio.RunFinishedError:
             raise NodeClosed(CLOSED) from None
 
+    def _next_job(self) -> Job | None:
+        try:
+            return self._jobs.popleft()
+        except IndexError:
+            return None
+
     def _submit(self, job: Job) -> None:
-        if self._calls is None:
-            job.end(None, NodeClosed(CLOSED))
-        else:
-            self._calls.start_soon(self._answer, job)
+        """Have a job taken: of many that come at once, the first one wakes Trio for all."""
+        self._jobs.append(job)
+        if self._woken:
+            return
+        try:
+            self._woken = True
+            self._soon(self._take)
+        except BaseException:  # it is closed, or an interrupt came just now
+            self._woken = False
+            while (other := self._next_job()) is not None:
+                other.end(None, NodeClosed(CLOSED))
+            raise
+
+    def _take(self) -> None:
+        self._woken = False
+        while (job := self._next_job()) is not None:
+            if self._calls is None:
+                job.end(None, NodeClosed(CLOSED))
+            else:
+                self._calls.start_soon(self._answer, job)
 
     async def _answer(self, job: Job) -> None:
         answer: Any = None

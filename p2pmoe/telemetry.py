@@ -29,6 +29,7 @@ _LEVELS: dict[Level, int] = {
 }
 _own_log: Any = None  # made by `configure`
 _counters: Counter[str] = Counter()
+_labelled: dict[tuple[object, ...], str] = {}  # names of counters by their labels
 
 LINES_EACH = 10  # a second that one peer or address can cause; a guess
 LINES_IN_ALL = 100  # a second that all of them can; a guess. It bounds the table, too.
@@ -88,7 +89,11 @@ def _log_for(level: int) -> Any | None:
 def count(name: str, amount: float = 1, /, **labels: str) -> None:
     """Add `amount` to a counter. Labels take few values: never a peer id or an expert uid."""
     if labels:
-        name += "{" + ",".join(f'{key}="{labels[key]}"' for key in sorted(labels)) + "}"
+        key = (name, *labels.items())
+        if key not in _labelled:
+            told = ",".join(f'{label}="{labels[label]}"' for label in sorted(labels))
+            _labelled[key] = f"{name}{{{told}}}"
+        name = _labelled[key]
     _counters[name] += amount  # type: ignore[assignment]  # a Counter may hold floats
 
 

@@ -25,7 +25,7 @@ from p2pmoe.errors import (
     PeerUnreachable,
 )
 from p2pmoe.identity import PeerId
-from p2pmoe.swarm import Swarm, connect, start_swarm
+from p2pmoe.swarm import Job, Swarm, connect, start_swarm
 
 
 class Node:
@@ -105,6 +105,53 @@ def test_calls_of_many_threads_overlap(swarm: Swarm) -> None:
     for thread in threads:
         thread.join(10)
     assert len(waiting) == 16
+
+
+def test_jobs_that_come_before_trio_looks_are_taken_together(swarm: Swarm, monkeypatch) -> None:
+    held, taken, wakes = threading.Event(), threading.Event(), []
+    bridge = swarm._bridge
+    soon = bridge._soon
+
+    def hold() -> None:
+        taken.set()
+        held.wait(10)
+
+    def count(function, *args) -> None:
+        wakes.append(function)
+        soon(function, *args)
+
+    soon(hold)
+    assert taken.wait(10)
+    monkeypatch.setattr(bridge, "_soon", count)
+    found: list[int] = []
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(swarm.call(double, n))) for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    while len(bridge._jobs) < len(threads):
+        threads[0].join(0.001)
+    held.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(found) == [2 * n for n in range(8)]
+    assert len(wakes) == 1
+
+
+def test_a_job_that_relied_on_a_wake_that_failed_is_told_so(swarm: Swarm, monkeypatch) -> None:
+    bridge, late = swarm._bridge, Job(double, (1,), 1.0)
+
+    def fail(function, *args) -> None:
+        bridge._jobs.append(late)  # of another thread, which sees that somebody wakes Trio
+        raise NodeClosed("it has ended")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bridge, "_soon", fail)
+        with pytest.raises(NodeClosed):
+            swarm.call(double, 1)
+    late.wait(1)
+    assert isinstance(late.error, NodeClosed)
+    assert swarm.call(double, 1) == 2
 
 
 def test_a_call_ends_at_its_deadline_on_both_sides(swarm: Swarm) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 STATUS_EVERY = 30.0  # seconds between two lines of status
 SWITCH_INTERVAL = 0.001  # seconds; with Python's 5 ms a busy compute thread holds up the network
+IDLE_POLICY = "PASSIVE"  # torch's threads sleep when idle; else they spin on the network's core
 ID_DIGITS = 32  # hex digits that make an id safe to pass on: 128 bits
 ANY_HOST = "0.0.0.0"  # noqa: S104  a server is reached from outside
 TELL_EVERY = 0.2  # seconds between two words on how the leaving goes on
@@ -39,6 +41,7 @@ def run_node(options: dict[str, Any]) -> None:
     """Run a node with the options of the verb until it is told to stop."""
     telemetry.configure(options["log_level"], options["log_format"])
     sys.setswitchinterval(SWITCH_INTERVAL)
+    os.environ.setdefault("OMP_WAIT_POLICY", IDLE_POLICY)  # read once, when torch is loaded
     trio.run(_live, options)
 
 

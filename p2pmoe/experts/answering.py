@@ -70,4 +70,4 @@ def _answer(done: Sequence[tuple[Job, Done]]) -> Message:
     )
     columns: Iterable[Sequence[torch.Tensor]] = zip(*(one.tensors for _, one in done), strict=True)
     tensors, payload = rows_to_wire(list(columns))
-    return schema.encode(Answer(parts=parts, tensors=tensors)), payload
+    return schema.encode_again(Answer(parts=parts, tensors=tensors)), payload

@@ -196,9 +196,11 @@ class Backend:
     def _merge(self, requests: Sequence[Tensors]) -> list[torch.Tensor]:
         """The rows of all requests behind each other, on the device, once they are finite."""
         merged = [
-            (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
+            parts[0] if len(parts) == 1 else torch.cat(parts)
             for parts in zip(*requests, strict=True)
         ]
+        if self.device.type != "cpu":
+            merged = [one.to(self.device) for one in merged]
         _check_finite(merged, "the tensors of the request are")
         return merged
 

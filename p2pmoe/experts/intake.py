@@ -44,11 +44,11 @@ class Intake:
         check_rows(self.parts, described)
         self._schema = tuple((tensor.dtype, tensor.shape[1:]) for tensor in described)
         self._client = call.peer.raw  # hashed often, and faster than an id
-        self._arrived, self._deadline = trio.current_time(), trio.current_effective_deadline()
+        self._arrived, self._deadline = trio.current_time(), call.deadline
         self._fitting: dict[Takes, SchemaMismatch | None] = {}  # of the experts asked for
         rows = [part.rows for part in self.parts]
         whole = map(from_wire, described, split(call.payload, described))
-        columns = [torch.split(tensor, rows) for tensor in whole]
+        columns = [torch.split(tensor, rows) if len(rows) > 1 else (tensor,) for tensor in whole]
         pieces = zip(*columns, strict=True) if columns else [()] * len(rows)
         self._rows: list[Tensors] = list(pieces)
 

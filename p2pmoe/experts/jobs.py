@@ -148,4 +148,5 @@ def _update(job: Job) -> Update:
 def _result(job: Job, outcome: Outcome) -> Result:
     if isinstance(outcome, P2PMoEError):
         return outcome
-    return Done(tuple(tensor.cpu() for tensor in outcome), job.expert.backend.step)
+    tensors = tuple(one if one.is_cpu else one.cpu() for one in outcome)
+    return Done(tensors, job.expert.backend.step)

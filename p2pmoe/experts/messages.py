@@ -8,6 +8,7 @@ together. A part that fails harms no other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -21,6 +22,7 @@ FORWARD = "expert.forward"
 BACKWARD = "expert.backward"
 
 MAX_PARTS = 64  # parts of one call, or of one answer
+FITS = 256  # of tensors and specs that are remembered; a guess
 MAX_TENSORS = 8  # tensors of a call, inputs and gradients counted apart
 
 Tensors = Annotated[tuple[TensorDescriptor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
@@ -43,6 +45,13 @@ def fitting_rows(
     specs: Sequence[TensorSpec], tensors: Sequence[TensorDescriptor], what: str
 ) -> int:
     """How many rows these tensors have, once they fit; `SchemaMismatch` says which does not."""
+    return _fitting_rows(tuple(specs), tuple(tensors), what)
+
+
+@lru_cache(FITS)
+def _fitting_rows(
+    specs: tuple[TensorSpec, ...], tensors: tuple[TensorDescriptor, ...], what: str
+) -> int:
     if len(tensors) != len(specs):
         raise SchemaMismatch(f"{len(specs)} {what} are needed, not {len(tensors)}")
     for spec, tensor in zip(specs, tensors, strict=True):

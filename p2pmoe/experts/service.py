@@ -8,8 +8,7 @@ is taken from the queue; if its batch runs already, the result is dropped. Both 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -181,7 +180,7 @@ class ExpertService:
         await call.send(schema.encode(reply))
 
     async def _answer_forward(self, call: IncomingCall) -> None:
-        await self._answer(call, schema.decode(call.body, ForwardRequest))
+        await self._answer(call, schema.decode_again(call.body, ForwardRequest))
 
     async def _answer_backward(self, call: IncomingCall) -> None:
         await self._answer(call, schema.decode(call.body, BackwardRequest))
@@ -198,7 +197,9 @@ class ExpertService:
             except P2PMoEError as error:
                 refused.append((index, error))
                 self._count(call.peer, intake.kind, error, part.rows)
-        with self._queued(jobs) as outstanding:
+        outstanding = {job.number for job in jobs}
+        self._compute.submit(jobs)
+        try:
             if refused:
                 await call.send(failures(refused))
             while outstanding:
@@ -209,6 +210,9 @@ class ExpertService:
                 for body, payload in answers(come):
                     await call.send(body, payload)
                 outstanding.difference_update([job.number for job, _ in come])
+        finally:
+            if outstanding:
+                self._drop(jobs, outstanding)
 
     def _job(self, intake: Intake, index: int, part: Part) -> Job:
         """A part as a request for the queue, once everything that it says was checked."""
@@ -237,21 +241,14 @@ class ExpertService:
         self._accounts.answered(client, code, done, trio.current_time())
         telemetry.count("p2pmoe_parts_total", 1, op=kind.value, result=code)
 
-    @contextmanager
-    def _queued(self, jobs: list[Job]) -> Iterator[set[int]]:
-        """The jobs are in the queue inside this block; what is left of them after it is dropped."""
-        outstanding = {job.number for job in jobs}
-        self._compute.submit(jobs)
-        try:
-            yield outstanding
-        finally:
-            if outstanding:
-                unbegun = self._compute.cancel(outstanding)
-                late = len(outstanding) - unbegun
-                telemetry.count("p2pmoe_parts_dropped_total", unbegun, when="queued")
-                telemetry.count("p2pmoe_parts_dropped_total", late, when="computed")
-                for job in jobs:
-                    job.expert.figures.dropped += job.number in outstanding
+    def _drop(self, jobs: list[Job], outstanding: set[int]) -> None:
+        """Nobody waits any more for these of a call's jobs."""
+        unbegun = self._compute.cancel(outstanding)
+        late = len(outstanding) - unbegun
+        telemetry.count("p2pmoe_parts_dropped_total", unbegun, when="queued")
+        telemetry.count("p2pmoe_parts_dropped_total", late, when="computed")
+        for job in jobs:
+            job.expert.figures.dropped += job.number in outstanding
 
 
 def _deliver(job: Job, result: Result) -> None:

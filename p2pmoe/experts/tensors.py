@@ -53,17 +53,19 @@ def from_wire(descriptor: TensorDescriptor, payload: memoryview) -> torch.Tensor
         return torch.empty(descriptor.shape, dtype=dtype)
     if payload.readonly:  # torch has no read-only tensors
         payload = memoryview(bytearray(payload))
-    return torch.frombuffer(payload, dtype=dtype).view(descriptor.shape)
+    flat = torch.frombuffer(payload, dtype=dtype)
+    return flat if len(descriptor.shape) == 1 else flat.view(descriptor.shape)
 
 
 def to_wire(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor: its own memory where it is contiguous and on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
-    if not flat.numel():
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = tensor.detach().to("cpu").contiguous()
+    if not tensor.numel():
         return memoryview(b"")
-    if flat.dtype is torch.bfloat16:  # numpy does not know it
-        flat = flat.view(torch.int16)
-    return flat.numpy().data.cast("B")
+    if tensor.dtype is torch.bfloat16:  # numpy does not know it
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().data.cast("B")
 
 
 def rows_to_wire(
@@ -91,6 +93,8 @@ def _describe_rows(pieces: Sequence[torch.Tensor]) -> TensorDescriptor:
 
 def _joined(pieces: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """The same rows as one view, if they are rows of one tensor, side by side."""
+    if len(pieces) == 1:
+        return pieces
     first, end = pieces[0], pieces[0].data_ptr()
     owner = first._base
     for piece in pieces:

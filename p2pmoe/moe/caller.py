@@ -37,7 +37,7 @@ from p2pmoe.moe.auditing import Auditor
 from p2pmoe.moe.calls import Ask, Crossing, Outcome, Tensors, read_answer, request
 from p2pmoe.moe.dispatch import group
 from p2pmoe.moe.hedging import Lateness
-from p2pmoe.moe.quorum import Quorum
+from p2pmoe.moe.quorum import Quorum, Single
 from p2pmoe.moe.standing import Key, Standing, StandingParams
 from p2pmoe.moe.stats import Passes
 from p2pmoe.node import Node
@@ -72,15 +72,29 @@ class Book(Protocol):
 class _Trip:
     """A crossing on its way: what has come, and until when the rest is waited for."""
 
-    def __init__(self, crossing: Crossing, late: Lateness, calls: trio.Nursery) -> None:
+    def __init__(
+        self,
+        crossing: Crossing,
+        late: Lateness,
+        quorum: Quorum | Single,
+        now: float,
+        calls: trio.Nursery | None = None,
+    ) -> None:
         self.method, self.hedge, self.late = crossing.method, crossing.hedge, late
+        self.read = crossing.alone.take if crossing.alone else read_answer
+        self.request = crossing.alone and crossing.alone.request
         self.asks = dict(crossing.asks)
         self.outcome = Outcome()
-        self.calls = calls
         self.ended = trio.Event()  # every part has its answer, or none
-        self.began = trio.current_time()
-        self.quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, self.began)
-        calls.cancel_scope.deadline = self.quorum.next_deadline()
+        self.began = now
+        self.quorum = quorum
+        self.calls = calls  # where more than one part is asked; its deadline is the quorum's
+        self._wait()
+
+    def _wait(self) -> None:
+        """As long as the quorum says."""
+        if self.calls is not None:
+            self.calls.cancel_scope.deadline = self.quorum.next_deadline()
 
     def took(self, answers: Mapping[int, Tensors], errors: Mapping[int, P2PMoEError]) -> None:
         """Parts have good answers, or no answer, or a bad one."""
@@ -91,7 +105,7 @@ class _Trip:
         if errors:
             outcome.errors.update(errors)
             self.quorum.failed(errors, now)
-        self.calls.cancel_scope.deadline = self.quorum.next_deadline()
+        self._wait()
         if len(outcome.answers) + len(outcome.errors) == len(self.asks):
             self.ended.set()
 
@@ -112,14 +126,39 @@ class Caller:
         self.standing.asked(keys.values(), now)
         hedged = keys if crossing.hedge is not None else {}
         late = Lateness({i: self.standing.usual(key) for i, key in hedged.items()}, now)
+        if crossing.alone is not None:
+            trip = await self._alone(crossing, late, now)
+        else:
+            trip = await self._together(crossing, late, now)
+        self._conclude(crossing, trip)
+        return trip.outcome
+
+    async def _alone(self, crossing: Crossing, late: Lateness, now: float) -> _Trip:
+        """One part, in no task of its own."""
+        quorum = Single(crossing.rows, crossing.wait, now)
+        trip = _Trip(crossing, late, quorum, now)
+        with trio.CancelScope(deadline=quorum.next_deadline()):
+            await self._call(trip, crossing.asks[0].peer, (0,))
+        return trip
+
+    async def regret(self, crossing: Crossing, error: P2PMoEError) -> None:
+        """The answer to a part alone, which was good as far as Trio's thread looked, is none."""
+        [ask] = crossing.asks.values()
+        self._blame({ask: error})
+        self._tell()
+        figures = {"rows_served": -1, "answered": -ask.rows, f"missed.{error.code}": ask.rows}
+        self.passes.add(crossing.method, figures)
+
+    async def _together(self, crossing: Crossing, late: Lateness, now: float) -> _Trip:
+        """Many parts, or one for which others are asked when it is late."""
+        quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, now)
         async with trio.open_nursery() as calls:
-            trip = _Trip(crossing, late, calls)
+            trip = _Trip(crossing, late, quorum, now, calls)
             self._start(trip, crossing.asks)
             if crossing.hedge is not None:
                 crossing.hedge.budget.earn(sum(ask.rows for ask in crossing.asks.values()))
                 await self._mind(trip)
-        self._conclude(crossing, trip)
-        return trip.outcome
+        return trip
 
     def _conclude(self, crossing: Crossing, trip: _Trip) -> None:
         """Nothing more will come."""
@@ -133,7 +172,7 @@ class Caller:
             self.auditor.saw(trip.asks[index], tensors, step, crossing.audit)
         self._tell()
         outcome.hedged = len(trip.asks) - len(crossing.asks)
-        outcome.served = int(trip.quorum.served.sum())
+        outcome.served = trip.quorum.rows_served
         outcome.seconds, outcome.waited = now - trip.began, trip.quorum.waited(now)
         self._count(crossing, trip, now)
 
@@ -186,6 +225,7 @@ class Caller:
 
     # -------------------------------------------------------------------------------- the calls
     def _start(self, trip: _Trip, asks: Mapping[int, Ask]) -> None:
+        assert trip.calls is not None
         for peer, indices in group(asks):
             trip.calls.start_soon(self._call, trip, peer, indices)
 
@@ -203,6 +243,7 @@ class Caller:
                 continue
             spares = trip.hedge.spares(index)
             asks = {spare.index: spare.ask for spare in spares}
+            assert isinstance(trip.quorum, Quorum)
             trip.quorum.asked({spare.index: spare.rows for spare in spares})
             trip.asks |= asks
             self._start(trip, asks)
@@ -215,20 +256,23 @@ class Caller:
         began = trio.current_time()
         error: P2PMoEError = RemoteError("the answer ended before this part", peer=peer.short)
         try:
-            body, payload = request(list(waiting.values()))
+            body, payload = trip.request or request(list(waiting.values()))
             async with self._node.pool.open_call(
                 self._book.contact(peer), trip.method, body, payload, bulk=True
             ) as parts:
                 async for part in parts:
-                    answer = schema.decode(part.body, Answer)
-                    answers, errors = read_answer(waiting, answer, part.payload)
-                    seconds = trio.current_time() - began if trip.method == FORWARD else None
+                    answer = schema.decode_again(part.body, Answer)
+                    answers, errors = trip.read(waiting, answer, part.payload)
+                    now = trio.current_time()
+                    seconds = now - began if trip.method == FORWARD else None
                     for at in answers:
-                        self.standing.answered(_key(waiting[at]), seconds, trio.current_time())
+                        self.standing.answered(_key(waiting[at]), seconds, now)
                     for at in (*answers, *errors):
                         del waiting[at]
                     trip.outcome.steps |= {indices[one.index]: one.step for one in answer.parts}
                     self._took(trip, _of(indices, answers), _of(indices, errors))
+                    if not waiting:  # whatever else might come
+                        break
         except P2PMoEError as failure:
             error = failure
             telemetry.emit("moe.call.failed", peer=peer, error=failure)

@@ -95,6 +95,7 @@ class Crossing:
     audit: float = 0.0  # share of the answers to compute again
     steps: Mapping[int, int] = field(default_factory=dict)
     norm: float = 0.0
+    alone: Alone | None = None  # the one part, if the asking thread makes and reads its tensors
 
 
 @dataclass(slots=True)
@@ -121,7 +122,7 @@ def request(asks: Sequence[Ask]) -> tuple[bytes, list[memoryview]]:
     tensors, payload = rows_to_wire(list(zip(*given, strict=True)))
     if not asks[0].update:
         forward = [ForwardPart(uid=ask.uid, lease=ask.lease, rows=ask.rows) for ask in asks]
-        return schema.encode(ForwardRequest(parts=tuple(forward), inputs=tensors)), payload
+        return schema.encode_again(ForwardRequest(parts=tuple(forward), inputs=tensors)), payload
     backward = [
         BackwardPart(uid=ask.uid, lease=ask.lease, rows=ask.rows, update=ask.update) for ask in asks
     ]
@@ -144,16 +145,7 @@ def read_answer(
     or `answer.rows`, or as `wire.tensor`. Raises `MalformedMessage` with why `answer.index` when it
     speaks of parts that nobody waits for.
     """
-    errors: dict[int, P2PMoEError] = {}
-    good: list[int] = []
-    for part in answer.parts:
-        if part.index not in asks or part.index in errors or part.index in good:
-            raise MalformedMessage("answer.index", str(part.index))
-        if part.code:
-            hint = answer.retry_after_ms / 1000 if answer.retry_after_ms else None
-            errors[part.index] = from_code(part.code, part.detail, retry_after=hint)
-        else:
-            good.append(part.index)
+    good, errors = _parts_of(asks, answer)
     try:
         answers, finite = _tensors_of({index: asks[index] for index in good}, answer, payload)
     except MalformedMessage as bad:
@@ -165,6 +157,50 @@ def read_answer(
     return answers, errors
 
 
+class Alone:
+    """The only part of a crossing. Its tensors are made and read in the thread that asks.
+
+    Torch gives up the interpreter's lock at each step, and Trio's thread would wait for it behind
+    every thread that trains.
+    """
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self.request = request([ask])
+        self._came: tuple[Answer, memoryview] | None = None
+
+    def take(
+        self, asks: Mapping[int, Ask], answer: Answer, payload: memoryview
+    ) -> tuple[dict[int, Tensors], dict[int, P2PMoEError]]:
+        """As `read_answer`, but for the tensors."""
+        self._came = answer, payload
+        good, errors = _parts_of(asks, answer)
+        return dict.fromkeys(good, ()), errors
+
+    def tensors(self) -> Tensors:
+        """Those of the answer that was taken; raises what is wrong with them."""
+        assert self._came is not None
+        answers, errors = read_answer({0: self._ask}, *self._came)
+        for error in errors.values():
+            raise error
+        return answers[0]
+
+
+def _parts_of(asks: Mapping[int, Ask], answer: Answer) -> tuple[list[int], dict[int, P2PMoEError]]:
+    """Which parts an answer has tensors for, and why there are none for others."""
+    errors: dict[int, P2PMoEError] = {}
+    good: list[int] = []
+    for part in answer.parts:
+        if part.index not in asks or part.index in errors or part.index in good:
+            raise MalformedMessage("answer.index", str(part.index))
+        if part.code:
+            hint = answer.retry_after_ms / 1000 if answer.retry_after_ms else None
+            errors[part.index] = from_code(part.code, part.detail, retry_after=hint)
+        else:
+            good.append(part.index)
+    return good, errors
+
+
 def _tensors_of(
     asks: Mapping[int, Ask], answer: Answer, payload: memoryview
 ) -> tuple[dict[int, Tensors], bool]:
@@ -173,7 +209,7 @@ def _tensors_of(
     for specs in {ask.answer for ask in asks.values()}:
         _check_shape(specs, answer, sum(rows))
     whole = list(map(from_wire, answer.tensors, split(payload, answer.tensors)))
-    columns = [torch.split(tensor, rows) for tensor in whole]
+    columns = [torch.split(tensor, rows) if len(rows) > 1 else (tensor,) for tensor in whole]
     pieces = zip(*columns, strict=True) if columns else [()] * len(rows)
     return dict(zip(asks, pieces, strict=True)), all(map(all_finite, whole))
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from p2pmoe.dht.directory import MOST_CELLS
+from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.manifest import grid_of, specs_of
 from p2pmoe.experts.messages import TensorSpec
 from p2pmoe.experts.uid import Grid
-from p2pmoe.moe.calls import Crossing, Outcome
+from p2pmoe.moe.calls import Alone, Ask, Crossing, Outcome, Tensors
+from p2pmoe.moe.quorum import QuorumParams
 from p2pmoe.moe.select import View
 from p2pmoe.moe.service import MixtureService
 from p2pmoe.swarm import SLACK, Swarm
@@ -58,6 +60,18 @@ class Link:
     def cross(self, crossing: Crossing) -> Outcome:
         """Send the parts, wait as long as the crossing says, and return what came back."""
         return self.swarm.call(self.service.cross, crossing, timeout=crossing.wait.timeout + SLACK)
+
+    def ask(self, method: str, ask: Ask, wait: QuorumParams) -> Tensors:
+        """Send one part alone; what it is answered, or its error, raised."""
+        alone = Alone(ask)
+        crossing = Crossing(method, {0: ask}, {}, 1, wait, alone=alone)
+        for error in self.cross(crossing).errors.values():
+            raise error
+        try:
+            return alone.tensors()
+        except P2PMoEError as error:
+            self.swarm.call(self.service.regret, crossing, error)
+            raise
 
     def next_update(self) -> bytes:
         """An id for one update of one expert."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +19,7 @@ from p2pmoe.errors import LocalProtocolError, NonFiniteError
 from p2pmoe.experts.messages import BACKWARD, FORWARD, fitting_rows
 from p2pmoe.experts.tensors import all_finite, describe
 from p2pmoe.experts.uid import ExpertUid
-from p2pmoe.moe.calls import Ask, Crossing, Tensors, spec_of
+from p2pmoe.moe.calls import Ask, Tensors, spec_of
 from p2pmoe.moe.link import open_link
 from p2pmoe.moe.quorum import QuorumParams
 from p2pmoe.swarm import TIMEOUT, Swarm
@@ -40,6 +39,8 @@ class Trip(Protocol):
 
 def travel(trip: Trip, *inputs: torch.Tensor) -> Tensors:
     """What `trip.forward` returns, connected to autograd even where no input needs a gradient."""
+    if not torch.is_grad_enabled():
+        return trip.forward(tuple(one.detach() if one.requires_grad else one for one in inputs))
     apply: Callable[..., Tensors] = _Travel.apply
     return apply(trip, torch.empty(0, requires_grad=True), *inputs)
 
@@ -94,10 +95,7 @@ class _ExpertTrip:
             ask = replace(ask, grads=grads, update=update, dry_run=dry_run)
         method = BACKWARD if grads else FORWARD
         wait = QuorumParams(k_min=1, grace=0.0, patience=left, timeout=left)
-        outcome = link.cross(Crossing(method, {0: ask}, {0: np.array([0])}, 1, wait))
-        for error in outcome.errors.values():
-            raise error
-        return outcome.answers[0]
+        return link.ask(method, ask, wait)
 
 
 class RemoteExpert(nn.Module):
@@ -123,9 +121,10 @@ class RemoteExpert(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | Tensors:
         """The expert's outputs, on the device of its first input."""
         self._check(inputs)
-        outputs = travel(_ExpertTrip(self), *(one.cpu() for one in inputs))
-        moved = tuple(one.to(inputs[0].device) for one in outputs)
-        return moved[0] if len(moved) == 1 else moved
+        outputs = travel(_ExpertTrip(self), *(one if one.is_cpu else one.cpu() for one in inputs))
+        if not inputs[0].is_cpu:
+            outputs = tuple(one.to(inputs[0].device) for one in outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def _check(self, inputs: Tensors) -> None:
         fitting_rows(self.link.inputs, tuple(map(describe, inputs)), f"inputs of {self.uid}")

@@ -146,6 +146,10 @@ class MixtureService:
         """Make the calls of a pass, and wait for them as long as its quorum says."""
         return await self._caller.cross(crossing)
 
+    async def regret(self, crossing: Crossing, error: P2PMoEError) -> None:
+        """As the caller's."""
+        await self._caller.regret(crossing, error)
+
     def describe(self) -> dict[str, dict[str, int | str]]:
         """What became of the passes, and what is known of the experts, for `swarm.stats()`."""
         caller, doubted = self._caller, int(self.view.doubted_C.sum())

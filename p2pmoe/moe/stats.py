@@ -63,7 +63,8 @@ class Skipped:
         while self._rows - self._batches[0][0] >= LATEST_ROWS:
             oldest = self._batches.popleft()
             self._rows, self._skipped = self._rows - oldest[0], self._skipped - oldest[1]
-        self._causes.update(causes if skipped else {})
+        if skipped:
+            self._causes.update(causes)
         stalls = self._rows >= ROWS_NEEDED and self.share > SKIPPED_MUCH
         self._unsaid += skipped
         if not stalls or not self._unsaid or now - self._said_at < PAUSE:
@@ -120,7 +121,9 @@ class Passes:
 
     def add(self, method: str, figures: Mapping[str, int]) -> None:
         """One more pass: its rows, and its parts' rows, by what became of them."""
-        self._figures.setdefault(method, Counter()).update(figures)
+        kept = self._figures.setdefault(method, Counter())
+        for name, count in figures.items():
+            kept[name] += count
 
     def describe(self, experts: Mapping[str, int]) -> dict[str, dict[str, int | str]]:
         """All of it for people, with what is known of `experts`."""

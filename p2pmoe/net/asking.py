@@ -46,7 +46,8 @@ class OutgoingCall:
             await self._news.park()
         if self._parts:
             part = self._parts.popleft()
-            self._taken(len(part.payload))
+            if not self._ended:
+                self._taken(len(part.payload))
             return part
         if self._error is not None:
             raise self._error

@@ -1,8 +1,9 @@
 """What both halves of a connection share: what happens to calls, and payloads on their way in.
 
-A call is a REQUEST with its payload in chunks, an answer of any number of parts (a REPLY and its
-chunks each), and exactly one END. CANCEL asks for an early END; a call that ended on its own
-meanwhile has answered it already. Until the END, what still comes for a cancelled call is dropped.
+A call is a REQUEST and an answer of any number of parts, a REPLY each. A short payload stands in
+their own frames, a longer one follows in chunks. The answer ends once: with the part that says it
+is the last, or with an END. CANCEL asks for an early END; a call that ended on its own meanwhile
+has answered it already. Until it ends, what still comes for a cancelled call is dropped.
 
 Commands come from this side's program and raise `LocalProtocolError`; what the other side may not
 do raises `MalformedMessage` with why `exchange.*`. Memory for a payload is reserved with the peer's
@@ -86,6 +87,7 @@ class Desk:
     quota: PeerQuota
     allocate: Callable[[int], memoryview]
     payload_bytes: int  # the largest payload of one request or part, either way
+    inline_bytes: int  # the largest that stands in its message's own frame
 
     def check_size(self, size: int) -> None:
         """A payload that the other side announces."""
@@ -93,7 +95,7 @@ class Desk:
             raise MalformedMessage("exchange.payload_too_long", f"{size} bytes")
 
     def outgoing(self, body: bytes, payload: Iterable[Buffer]) -> tuple[list[memoryview], int]:
-        """What this side is to send, as views, and its bytes."""
+        """What this side is to send, as views, and how many bytes of it follow in chunks."""
         views = views_of(payload)
         size = sum(map(len, views))
         if size > self.payload_bytes:
@@ -103,7 +105,12 @@ class Desk:
             )
         if len(body) > MAX_BODY_BYTES:
             raise LocalProtocolError(f"a body of {len(body)} bytes: at most {MAX_BODY_BYTES}")
-        return views, size
+        return views, size if size > self.inline_bytes else 0
+
+
+def own_copy(payload: memoryview) -> memoryview:
+    """A payload that came in one piece, in a writable buffer of its own."""
+    return memoryview(bytearray(payload)) if payload else NOTHING
 
 
 class Assembly:
@@ -125,7 +132,7 @@ class Assembly:
         if length > missing:
             raise MalformedMessage("exchange.too_many_bytes", f"{length} of {missing}")
         if length == self.size:
-            self.buffer = memoryview(bytearray(chunk))
+            self.buffer = own_copy(chunk)
         else:
             if missing == self.size:
                 self.buffer = self._allocate(missing)

@@ -54,9 +54,9 @@ SEND_BYTES = 512 * 1024  # of frames joined into one send; two chunks
 
 
 class IncomingCall:
-    """A call that came in. `payload` is a writable buffer of its own."""
+    """A call that came in, to answer by `deadline`. `payload` is a writable buffer of its own."""
 
-    __slots__ = ("_connection", "_id", "body", "method", "payload", "peer", "record")
+    __slots__ = ("_connection", "_id", "body", "deadline", "method", "payload", "peer", "record")
 
     def __init__(self, connection: Connection, arrived: CallArrived) -> None:
         self._connection, self._id = connection, arrived.id
@@ -64,7 +64,7 @@ class IncomingCall:
         self.record: Signed[PeerRecord] | None = connection.greeted.record
         self.method = arrived.method
         self.body = arrived.body
-        self.payload = arrived.payload
+        self.payload, self.deadline = arrived.payload, arrived.deadline
 
     async def send(self, body: bytes, payload: Iterable[Buffer] = ()) -> None:
         """Send one part of the answer; waits until those before it are on their way.
@@ -309,7 +309,8 @@ class Connection:
                     self._running[effect.id] = scope
                     calls.start_soon(self._answer, IncomingCall(self, effect), effect.id, scope)
                 case CallCancelled():
-                    self._running[effect.id].cancel()
+                    if (running := self._running.get(effect.id)) is not None:  # else it ends
+                        running.cancel()
                 case PartArrived():
                     self._asked[effect.id].arrived(effect.part)
                 case _:

@@ -18,6 +18,7 @@ from p2pmoe.errors import ConnectionLost, LocalProtocolError, MalformedMessage, 
 from p2pmoe.net.calls import Desk, Effect
 from p2pmoe.net.credit import Window
 from p2pmoe.net.messages import (
+    INLINE_BYTES,
     Cancel,
     Chunk,
     Credit,
@@ -45,6 +46,7 @@ class ExchangeParams:
     dialler: bool
     chunk_bytes: int  # the largest chunk, either way
     payload_bytes: int  # the largest payload of one request or part, either way
+    inline_bytes: int = INLINE_BYTES  # the largest that stands in its message's own frame
     ping_after: float  # without a byte received
 
 
@@ -60,7 +62,7 @@ class Exchange:
     ) -> None:
         self._params, self._quota, self._limits = params, quota, quota.params
         self._outbox = Outbox(params.chunk_bytes, quota.params.small_frames)
-        desk = Desk(self._outbox, quota, allocate, params.payload_bytes)
+        desk = Desk(self._outbox, quota, allocate, params.payload_bytes, params.inline_bytes)
         self._own = OwnCalls(desk, first_id=1 if params.dialler else 2)
         self._theirs = PeerCalls(desk, first_id=2 if params.dialler else 1)
         self._window = Window()
@@ -162,15 +164,11 @@ class Exchange:
         message = decode_header(frame.header)
         if isinstance(message, Chunk):
             return self._on_chunk(message.id, frame.payload)
+        if isinstance(message, Request | Reply):
+            return self._on_message(message, frame.payload, now)
         if len(frame.payload):
-            raise MalformedMessage("exchange.payload", "only a chunk has a payload")
+            raise MalformedMessage("exchange.payload", "this frame has none")
         match message:
-            case Request() if self.left:
-                raise MalformedMessage("exchange.after_goodbye")
-            case Request():
-                return self._theirs.on_request(message, now)
-            case Reply():
-                return self._own.on_reply(message)
             case End():
                 return self._own.on_end(message)
             case Cancel():
@@ -219,6 +217,18 @@ class Exchange:
         return frame
 
     # -------------------------------------------------------------- rules of the connection
+    def _on_message(
+        self, message: Request | Reply, payload: memoryview, now: float
+    ) -> list[Effect]:
+        most, size = self._params.inline_bytes, message.size
+        if len(payload) > (0 if size else most) or 0 < size <= most:
+            raise MalformedMessage("exchange.payload", f"{len(payload)} bytes, and {size} follow")
+        if isinstance(message, Reply):
+            return self._own.on_reply(message, payload)
+        if self.left:
+            raise MalformedMessage("exchange.after_goodbye")
+        return self._theirs.on_request(message, payload, now)
+
     def _on_chunk(self, call: int, payload: memoryview) -> list[Effect]:
         size = len(payload)
         if not 0 < size <= self._params.chunk_bytes:

@@ -118,9 +118,10 @@ class Links:
 
     def best(self, *, bulk: bool) -> Connection | None:
         """The connection with least to do."""
-        return min(
-            self.open(bulk=bulk), key=lambda each: (each.unsent_bytes, each.calls[0]), default=None
-        )
+        found = self.open(bulk=bulk)
+        if len(found) < 2:
+            return found[0] if found else None
+        return min(found, key=lambda each: (each.unsent_bytes, each.calls[0]))
 
     def add(self, connection: Connection) -> None:
         """Another connection was greeted: the peer is there, whoever dialled."""

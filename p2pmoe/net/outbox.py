@@ -1,8 +1,8 @@
 """What one side of a connection has still to send, and in which order.
 
 First the connection's own small frames and credit, then the headers of calls in the order in which
-they came up, then payloads: one chunk a call in turn, as far as credit goes. Nothing of a payload
-is copied; a chunk is the list of the views that make it up.
+they came up, each with its payload if that is short, then long payloads: one chunk a call in turn,
+as far as credit goes. Nothing of a payload is copied; a frame has the list of the views of it.
 
 Each queue is bounded by the calls in flight, but the one for small frames has a limit of its own:
 a peer that asks and does not read is closed.
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 from p2pmoe.errors import MalformedMessage
 from p2pmoe.net.credit import Credit
-from p2pmoe.net.messages import Chunk
+from p2pmoe.net.messages import Cancel, Chunk, End, Goodbye, Reply, Request, encode_header
 from p2pmoe.net.messages import Credit as Announcement
-from p2pmoe.wire import schema
 from p2pmoe.wire.schema import Message
 
+Item = Request | Reply | End | Cancel | Goodbye  # what is said in turn
 CONNECTION = 0  # the id of the connection itself, in CREDIT and for its GOODBYE
 
 Buffer = bytes | bytearray | memoryview
@@ -47,9 +47,9 @@ class OutFrame:
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """A header, until it is sent, and what is left of the payload behind it."""
+    """A header, until it is sent, and what is left of its payload; whether it ends the call."""
 
-    header: bytes | None
+    header: Item | None
     views: deque[memoryview]
     last: bool
 
@@ -69,13 +69,12 @@ class _Item:
 class _Stream:
     """The unsent items of one call, in order."""
 
-    __slots__ = ("begun", "call", "chunk_header", "credit", "items", "queue")
+    __slots__ = ("begun", "call", "credit", "items", "queue")
 
     def __init__(self, call: int) -> None:
         self.call = call
         self.items: deque[_Item] = deque()
         self.credit = Credit()
-        self.chunk_header = schema.encode(Chunk(id=call))
         self.queue: deque[_Stream] | None = None  # where it waits for its turn
         self.begun = False  # whether a header of it was sent
 
@@ -110,15 +109,28 @@ class Outbox:
         self._streams[call] = _Stream(call)
 
     def add(
-        self, call: int, header: Message, payload: Iterable[memoryview] = (), *, last: bool = False
+        self, call: int, header: Item, payload: Iterable[memoryview] = (), *, last: bool = False
     ) -> None:
-        """Send a header and its payload behind what the call has to send already."""
+        """Send a header and its payload behind what the call has to send already.
+
+        The payload goes in the same frame if its header announces none in chunks.
+        """
         stream = self._streams[call]
-        item = _Item(schema.encode(header), deque(payload), last)
+        item = _Item(header, deque(payload), last)
         self.unsent_bytes += sum(map(len, item.views))
         stream.items.append(item)
         if len(stream.items) == 1:
             self._queue(stream)
+
+    def end(self, call: int, end: End) -> None:
+        """Send a call's END; a part that waits here says by itself that it was the last."""
+        items = self._streams[call].items
+        reply = items[-1].header if items else None
+        if isinstance(reply, Reply) and not end.code:
+            items[-1].header = Reply(id=call, body=reply.body, size=reply.size, last=True)
+            items[-1].last = True
+        else:
+            self.add(call, end, last=True)
 
     def clear(self, call: int) -> None:
         """Forget what the call has not sent; more may be added."""
@@ -167,11 +179,11 @@ class Outbox:
     def next_frame(self) -> OutFrame | None:
         """The frame to send now; None when there is none, or no credit for it."""
         if self._small:
-            return OutFrame(schema.encode(self._small.popleft()))
+            return OutFrame(encode_header(self._small.popleft()))
         if self._announced:
             call = next(iter(self._announced))
             credit = Announcement(id=call, size=self._announced.pop(call))
-            return OutFrame(schema.encode(credit))
+            return OutFrame(encode_header(credit))
         if self._headers:
             return self._next_header(self._headers[0])
         if self._chunks and self._credit.left:
@@ -180,22 +192,30 @@ class Outbox:
 
     def _next_header(self, stream: _Stream) -> OutFrame:
         item = stream.items[0]
-        assert item.header is not None
-        frame = OutFrame(item.header, ends=stream.call if item.last else 0)
-        item.header, stream.begun = None, True
-        self._queue(stream)
-        if item.last:
-            self.close(stream.call)
-        return frame
+        header, item.header, stream.begun = item.header, None, True
+        assert header is not None
+        pieces: tuple[memoryview, ...] = ()
+        if isinstance(header, Request | Reply) and not header.size:
+            pieces = tuple(item.views)
+            item.views.clear()
+        return self._frame(stream, header, pieces)
 
     def _next_chunk(self, stream: _Stream) -> OutFrame:
         pieces = stream.items[0].cut(min(self._chunk_bytes, stream.credit.left, self._credit.left))
         size = sum(map(len, pieces))
-        self.unsent_bytes -= size
         stream.credit.spend(size)
         self._credit.spend(size)
+        return self._frame(stream, Chunk(id=stream.call), pieces)
+
+    def _frame(self, stream: _Stream, header: Message, pieces: tuple[memoryview, ...]) -> OutFrame:
+        """A frame of these pieces, which were taken from the call's first item."""
+        size, item = sum(map(len, pieces)), stream.items[0]
+        self.unsent_bytes -= size
+        ended = item.last and not item.views
         self._queue(stream)
-        return OutFrame(stream.chunk_header, pieces, size)
+        if ended:
+            self.close(stream.call)
+        return OutFrame(encode_header(header), pieces, size, stream.call if ended else 0)
 
     def _queue(self, stream: _Stream) -> None:
         """Put the call behind the others that wait for what it needs next."""

@@ -14,6 +14,7 @@ from p2pmoe.net.calls import (
     Effect,
     Part,
     PartArrived,
+    own_copy,
 )
 from p2pmoe.net.credit import FIRST_WINDOW_BYTES, Window
 from p2pmoe.net.messages import MAX_PARTS, Cancel, End, Reply, Request
@@ -23,13 +24,14 @@ HELD_BYTES = FIRST_WINDOW_BYTES  # of whole parts that nobody took, before credi
 
 
 class _Call:
-    """A call of ours, until its END has come."""
+    """A call of ours, until its answer has ended."""
 
-    __slots__ = ("assembly", "cancelled", "parts", "untaken", "window", "withheld")
+    __slots__ = ("assembly", "cancelled", "left", "parts", "untaken", "window", "withheld")
 
     def __init__(self) -> None:
         self.window = Window()
         self.assembly: Assembly | None = None
+        self.left = 0  # bytes of the last part's payload that have not come
         self.parts = 0
         self.untaken = 0  # bytes of whole parts that the caller has not taken
         self.withheld = 0  # bytes whose credit waits for that
@@ -97,34 +99,41 @@ class OwnCalls:
                     self._receiving.add(call)
                 self._desk.outbox.announce(call, own.window.free(freed))
 
-    def on_reply(self, reply: Reply) -> list[Effect]:
-        """The other side begins a part."""
+    def on_reply(self, reply: Reply, payload: memoryview) -> list[Effect]:
+        """The other side begins a part, or sends a whole one with its `payload`."""
         own = self._expected(reply.id)
-        if own.cancelled:
-            return []
-        if own.assembly:
+        if own.assembly or own.left:
             raise MalformedMessage("exchange.part_in_part", f"call {reply.id}")
+        own.left = reply.size if reply.last else 0
+        last = reply.last and not reply.size
+        if own.cancelled:
+            if last:
+                self._close(reply.id)
+            return []
         self._desk.check_size(reply.size)
         own.parts += 1
         if own.parts > MAX_PARTS:
             raise MalformedMessage("exchange.too_many_parts", f"call {reply.id}")
+        if not reply.size:
+            return self._came(reply.id, own, Part(reply.body, own_copy(payload)), last=last)
         if not self._desk.quota.reserve(reply.size):
             self.cancel(reply.id)
             detail = f"this node has no room for an answer of {reply.size} bytes"
             wait = self._desk.quota.params.come_again
             return [CallEnded(reply.id, PeerBusy.code, detail, wait)]
-        assembly = Assembly(reply.body, reply.size, self._desk.allocate)
-        if reply.size:
-            own.assembly = assembly
-            if not own.withheld:
-                self._receiving.add(reply.id)
-            return []
-        return [PartArrived(reply.id, Part(assembly.body, assembly.buffer))]
+        own.assembly = Assembly(reply.body, reply.size, self._desk.allocate)
+        if not own.withheld:
+            self._receiving.add(reply.id)
+        return []
 
     def on_chunk(self, call: int, chunk: memoryview) -> list[Effect]:
         """The next bytes of a part."""
         own = self._expected(call)
+        last = 0 < own.left <= len(chunk)
+        own.left = max(0, own.left - len(chunk))
         if own.cancelled:
+            if last:
+                self._close(call)
             return []
         assembly = own.assembly
         if assembly is None:
@@ -138,9 +147,8 @@ class OwnCalls:
             self._desk.outbox.announce(call, own.window.free(len(chunk)))
         if not whole:
             return []
-        own.untaken += assembly.size
         self._drop_assembly(call, own)
-        return [PartArrived(call, Part(assembly.body, assembly.buffer))]
+        return self._came(call, own, Part(assembly.body, assembly.buffer), last=last)
 
     def on_end(self, end: End) -> list[Effect]:
         """The call is over."""
@@ -163,6 +171,14 @@ class OwnCalls:
     def close(self) -> list[Effect]:
         """The connection is gone, and with it every call."""
         return self._end_all(self._calls, gone=True)
+
+    def _came(self, call: int, own: _Call, part: Part, *, last: bool) -> list[Effect]:
+        """A part is whole."""
+        own.untaken += len(part.payload)
+        if not last:
+            return [PartArrived(call, part)]
+        self._close(call)
+        return [PartArrived(call, part), CallEnded(call)]
 
     def _end_all(self, calls: Iterable[int], *, gone: bool) -> list[Effect]:
         effects: list[Effect] = []

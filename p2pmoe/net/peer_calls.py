@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from p2pmoe.errors import LocalProtocolError, MalformedMessage, PeerBusy
-from p2pmoe.net.calls import MAX_MS, Assembly, CallArrived, CallCancelled, Desk, Effect
+from p2pmoe.net.calls import MAX_MS, Assembly, CallArrived, CallCancelled, Desk, Effect, own_copy
 from p2pmoe.net.credit import Window
 from p2pmoe.net.messages import MAX_DETAIL, MAX_PARTS, End, Reply, Request
 from p2pmoe.net.outbox import Buffer
@@ -15,12 +15,12 @@ CANCELLED = "cancelled"  # the code of an END that answers a CANCEL
 
 
 class _Call:
-    """A call of the other side, until its END is sent."""
+    """A call of the other side, until the end of its answer is sent."""
 
     __slots__ = ("assembly", "cancelled", "deadline", "ended", "method", "parts", "size", "window")
 
-    def __init__(self, request: Request, deadline: float) -> None:
-        self.method, self.size, self.deadline = request.method, request.size, deadline
+    def __init__(self, method: str, size: int, deadline: float) -> None:
+        self.method, self.size, self.deadline = method, size, deadline
         self.window = Window()
         self.assembly: Assembly | None = None
         self.parts = 0
@@ -77,33 +77,32 @@ class PeerCalls:
         self._desk.quota.release(theirs.size)
         if theirs.cancelled:
             code, detail = CANCELLED, ""
-        self._desk.outbox.add(call, _end(call, code, detail, retry_after), last=True)
+        self._desk.outbox.end(call, _end(call, code, detail, retry_after))
 
     def end_sent(self, call: int) -> None:
-        """The writer took the call's END: its place is free."""
+        """The writer took the last frame of the call's answer: its place is free."""
         del self._calls[call]
         self._desk.quota.end_call()
 
-    def on_request(self, request: Request, now: float) -> list[Effect]:
-        """The other side calls."""
-        call = request.id
+    def on_request(self, request: Request, payload: memoryview, now: float) -> list[Effect]:
+        """The other side calls, with a whole `payload` or one that follows."""
+        call, size = request.id, request.size or len(payload)
         if call < self._next_id or call % 2 != self._next_id % 2:
             raise MalformedMessage("exchange.id", f"call {call} where {self._next_id} is next")
         self._next_id = call + 2
-        self._desk.check_size(request.size)
+        self._desk.check_size(size)
         if self.closed:
             return []
         quota = self._desk.quota
-        if wait := quota.begin_call(request.method, request.size, now):
+        if wait := quota.begin_call(request.method, size, now):
             self._desk.outbox.put(_end(call, PeerBusy.code, "over this peer's quota", wait))
             return []
         deadline = now + min(request.budget_ms / 1000, quota.params.call_seconds)
-        theirs = self._calls[call] = _Call(request, deadline)
+        theirs = self._calls[call] = _Call(request.method, size, deadline)
         self._desk.outbox.open(call)
-        assembly = Assembly(request.body, request.size, self._desk.allocate)
         if not request.size:
-            return [_arrived(call, theirs, assembly)]
-        theirs.assembly = assembly
+            return [CallArrived(call, request.method, request.body, own_copy(payload), deadline)]
+        theirs.assembly = Assembly(request.body, size, self._desk.allocate)
         self._assembling[call] = theirs
         self._due = min(self._due, deadline)
         return []
@@ -122,7 +121,7 @@ class PeerCalls:
             self._desk.outbox.announce(call, theirs.window.free(len(chunk)))
             return []
         self._stop_assembling(call, theirs)
-        return [_arrived(call, theirs, assembly)]
+        return [CallArrived(call, theirs.method, assembly.body, assembly.buffer, theirs.deadline)]
 
     def on_cancel(self, call: int, now: float) -> list[Effect]:
         """The other side wants no answer any more."""
@@ -177,10 +176,6 @@ class PeerCalls:
         del self._assembling[call]
         if not self._assembling:
             self._due = FOREVER
-
-
-def _arrived(call: int, theirs: _Call, whole: Assembly) -> CallArrived:
-    return CallArrived(call, theirs.method, whole.body, whole.buffer, theirs.deadline)
 
 
 def _end(call: int, code: str, detail: str = "", retry_after: float | None = None) -> End:

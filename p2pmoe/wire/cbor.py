@@ -60,6 +60,12 @@ def loads(data: bytes | bytearray | memoryview) -> Any:
     return value
 
 
+def plain(value: int | bytes) -> bytes:
+    """The bytes of an integer of up to 64 bits, a byte string, or a truth: no check is needed."""
+    data: bytes = cbor2.dumps(value)
+    return data
+
+
 def _count(value: Any, depth: int) -> int:
     """How many items a value has. It must be of the profile's own types: cbor2 knows others."""
     kind = type(value)

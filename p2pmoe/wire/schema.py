@@ -8,6 +8,7 @@ type checkers do not inherit the one, msgspec not the other.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -37,6 +38,9 @@ class SignedPayload(msgspec.Struct, frozen=True, kw_only=True):
 
 T = TypeVar("T")
 
+REMEMBERED = 256  # messages said again and again, either way; a guess
+REMEMBERED_BYTES = 1024  # of the longest of them; a guess
+
 
 def encode(value: msgspec.Struct) -> bytes:
     """The CBOR bytes of a message."""
@@ -49,6 +53,20 @@ def decode(data: bytes | bytearray | memoryview, message: type[T]) -> T:
     Raises `MalformedMessage` with why `cbor.*`, or `schema.mismatch` and the path of the field.
     """
     return convert(cbor.loads(data), message)
+
+
+def encode_again(value: msgspec.Struct) -> bytes:
+    """As `encode`, for hashable messages that are often said in the same words."""
+    return _encoded(value)
+
+
+def decode_again(data: bytes, message: type[T]) -> T:
+    """As `decode`, for messages that are often heard in the same words, if they are short."""
+    return _decoded(data, message) if len(data) <= REMEMBERED_BYTES else decode(data, message)
+
+
+_encoded = lru_cache(REMEMBERED)(encode)
+_decoded: Any = lru_cache(REMEMBERED)(decode)
 
 
 def convert(value: Any, message: type[T]) -> T:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -32,6 +33,7 @@ ALIGNMENT = 64  # bytes; a cache line
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 2**24  # elements along one dimension
 MAX_TENSOR_BYTES = 64 * 1024 * 1024
+LAYOUTS = 256  # that are remembered; a guess
 
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIMENSION)]
 
@@ -73,6 +75,11 @@ class Layout:
 
 def layout(descriptors: Sequence[TensorDescriptor]) -> Layout:
     """Check every descriptor and lay them out; raises as `TensorDescriptor.check`."""
+    return _layout(tuple(descriptors))
+
+
+@lru_cache(LAYOUTS)
+def _layout(descriptors: tuple[TensorDescriptor, ...]) -> Layout:
     offsets, end = [], 0
     for descriptor in descriptors:
         start = -(-end // ALIGNMENT) * ALIGNMENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -61,3 +62,19 @@ def test_the_spelling_is_only_changed_after_its_option() -> None:
     context = node.command.make_context("node", ["--initial-peers", "a:1", "--peer", "b:2"])
     assert context.params["initial_peers"] == ("a:1",)
     assert context.params["peers"] == ("b:2",)
+
+
+@pytest.mark.parametrize("said", [None, "ACTIVE"])
+def test_torchs_idle_threads_sleep_in_a_server_unless_its_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    from p2pmoe.cli import serving
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", said or "")
+    if said is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr("sys.setswitchinterval", lambda _: None)
+    monkeypatch.setattr("trio.run", lambda *_: None)
+    monkeypatch.setattr("p2pmoe.telemetry.configure", lambda *_: None)
+    serving.run_node({"log_level": "info", "log_format": "json"})
+    assert os.environ["OMP_WAIT_POLICY"] == (said or "PASSIVE")

@@ -79,6 +79,10 @@ class FakeCall:
     peer: PeerId = CLIENT
     parts: list[tuple[bytes, memoryview]] = field(default_factory=list)
 
+    @property
+    def deadline(self) -> float:
+        return trio.current_effective_deadline()
+
     async def send(self, body: bytes, payload: Sequence[memoryview] = ()) -> None:
         await trio.lowlevel.checkpoint()
         self.parts.append((body, memoryview(bytearray(b"".join(payload)))))

@@ -119,6 +119,7 @@ class Pool:
         self.trainers = 0  # others, as servers say
         self.talkative = False  # whether servers speak of each other's experts
         self.silent: set[str] = set()  # experts whose part is never answered
+        self.endless = False  # whether servers never say that this was all
         self.reply: Callable[[Answer], Answer] = lambda answer: answer
 
     def usable(self, to: PeerId) -> bool:
@@ -163,7 +164,8 @@ class Pool:
             for index, part in enumerate(request.parts):
                 ask = Asked(request, part, list(own[index]))
                 answers.start_soon(self._answer, to.peer, index, ask, send.clone())
-            send.close()
+            if not self.endless:
+                send.close()
             failure = None
             try:
                 yield receive

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from p2pmoe.moe.quorum import WAITS_NEEDED, Quorum, QuorumParams, Waits
+from p2pmoe.moe.quorum import WAITS_NEEDED, Quorum, QuorumParams, Single, Waits
 
 PARAMS = QuorumParams(k_min=1, grace=0.2, patience=2.0, timeout=5.0)
 
@@ -26,6 +26,15 @@ def test_grace_begins_when_every_row_has_an_answer() -> None:
     quorum.answered([1], now=11.1)
     assert quorum.waited(now=11.1) == pytest.approx(1.0)
     assert quorum.next_deadline() == pytest.approx(11.2)
+
+
+def test_an_answer_that_was_asked_for_later_serves_its_rows_too() -> None:
+    quorum = Quorum(rows([0, 1]), 2, PARAMS, now=0.0)
+    quorum.asked({7: np.array([1])})
+    quorum.answered([7], now=0.5)
+    assert (quorum.rows_served, quorum.next_deadline()) == (1, 2.0)
+    quorum.answered([0], now=0.6)
+    assert (quorum.rows_served, quorum.next_deadline()) == (2, pytest.approx(0.8))
 
 
 def test_a_row_needs_k_min_answers_of_its_own() -> None:
@@ -69,3 +78,14 @@ def test_the_median_wait_is_known_after_enough_batches() -> None:
         assert waits.median == math.inf
         waits.add(float(i))
     assert waits.median == (WAITS_NEEDED - 1) / 2
+
+
+def test_a_single_part_is_waited_for_until_it_has_ended():
+    single = Single(3, QuorumParams(1, 0.0, 2.0, 5.0), now=10.0)
+    assert single.next_deadline() == pytest.approx(12.0)
+    assert (single.rows_served, single.waited(11.5)) == (0, pytest.approx(1.5))
+    single.failed([0], 11.0)
+    assert single.rows_served == 0
+    single.answered([0], 11.0)
+    assert (single.rows_served, single.waited(11.5)) == (3, pytest.approx(1.0))
+    assert single.next_deadline() == pytest.approx(12.0)

@@ -123,6 +123,31 @@ def test_what_goes_wrong_there_is_a_typed_error_here() -> None:
         assert caught.value.expert == "ffn.1"
 
 
+def test_an_answer_that_is_none_counts_as_missed() -> None:
+    with one_expert(linear()) as fake:
+        expert, there = RemoteExpert(fake.swarm, "ffn.1"), fake.experts["ffn.1"]
+        with torch.no_grad():
+            expert(torch.zeros(3, D, dtype=torch.float64))
+        there.spoil = lambda tensor: tensor * torch.nan
+        with pytest.raises(NonFiniteError) as caught:
+            expert(torch.ones(2, D, dtype=torch.float64))
+        assert (caught.value.expert, caught.value.peer) == ("ffn.1", peer(1).short)
+        told = expert.link.service.describe()["forward"]
+        assert (told["asked"], told["answered"], told["missed.nonfinite"]) == (5, 3, 2)
+        assert (told["passes"], told["rows_served"]) == (2, 1)
+
+
+def test_an_answer_is_not_held_up_by_a_server_that_never_says_that_it_was_all() -> None:
+    with one_expert(linear()) as fake:
+        expert = RemoteExpert(fake.swarm, "ffn.1", timeout=3600.0)
+        fake.pool.endless = True
+        x = torch.randn(3, D, dtype=torch.float64)
+        y = expert(x)
+        assert torch.equal(y, fake.experts["ffn.1"].module(x))
+        y.sum().backward()
+        assert len(fake.experts["ffn.1"].updates) == 1
+
+
 def test_a_uid_that_nobody_serves_is_a_clear_error() -> None:
     with one_expert(linear()) as fake:
         with pytest.raises(ExpertUnavailable, match="1 experts of this grid"):

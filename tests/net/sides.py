@@ -39,6 +39,7 @@ class Side:
     limits: QuotaParams = field(default_factory=QuotaParams)
     now: float = 0.0
     payload_bytes: int = BULK
+    inline_bytes: int = 0  # so that short payloads show what long ones do
     effects: list[Effect] = field(default_factory=list)
     allocated: int = 0
 
@@ -48,6 +49,7 @@ class Side:
             dialler=self.dialler,
             chunk_bytes=CHUNK,
             payload_bytes=self.payload_bytes,
+            inline_bytes=self.inline_bytes,
             ping_after=10.0,
         )
         self.core = Exchange(params, self.account, self.allocate, self.now)
@@ -92,10 +94,11 @@ class Side:
         self.effects += self.core.receive(whole, self.now)
 
 
-def pair(limits: QuotaParams | None = None) -> tuple[Side, Side]:
+def pair(limits: QuotaParams | None = None, *, inline: int = 0) -> tuple[Side, Side]:
     """The dialler, and the other side."""
     limits = limits or QuotaParams()
-    return Side(dialler=True, limits=limits), Side(dialler=False, limits=limits)
+    one, two = (Side(who, limits, inline_bytes=inline) for who in (True, False))
+    return one, two
 
 
 def pump(a: Side, b: Side) -> None:

@@ -7,7 +7,16 @@ import pytest
 from p2pmoe.errors import LocalProtocolError
 from p2pmoe.net.calls import CallEnded
 from p2pmoe.net.credit import FIRST_WINDOW_BYTES
-from p2pmoe.net.messages import MAX_BODY_BYTES, MAX_PARTS, Chunk, Credit, End, Reply, Request
+from p2pmoe.net.messages import (
+    INLINE_BYTES,
+    MAX_BODY_BYTES,
+    MAX_PARTS,
+    Chunk,
+    Credit,
+    End,
+    Reply,
+    Request,
+)
 from p2pmoe.net.quota import QuotaParams
 from tests.net.sides import BULK, CHUNK, MIB, Side, asking, pair, pump, request, violation
 
@@ -29,15 +38,93 @@ def test_a_call_goes_there_and_its_answer_comes_back():
     assert a.account.payload == b.account.payload == 0
 
 
-def test_a_small_call_is_one_batch_of_frames_each_way():
-    a, b = pair()
-    asking(a, b"abc")
-    assert a.headers() == [request(1, 3, 30_000), Chunk(id=1)]
-    b.receive(request(1, 3))
-    b.receive(Chunk(id=1), b"abc")
-    b.core.reply(1, b"answer", [b"def"])
+@pytest.mark.parametrize("size", [0, 1, INLINE_BYTES])
+def test_a_small_call_is_one_frame_each_way(size):
+    a, b = pair(inline=INLINE_BYTES)
+    payload = bytes(size)
+    call = asking(a, payload)
+    assert a.core.unsent_bytes == size
+    [asked] = a.sent()
+    assert asked == (request(1, budget_ms=30_000), payload)
+    assert a.core.unsent_bytes == 0
+    [arrived] = b.receive(*asked)
+    assert (arrived.payload, b.account.payload, b.allocated) == (payload, size, 0)
+    b.core.reply(1, b"answer", [payload])
     b.core.end(1)
-    assert b.headers() == [Reply(id=1, body=b"answer", size=3), Chunk(id=1), End(id=1)]
+    [answered] = b.sent()
+    assert answered == (Reply(id=1, body=b"answer", last=True), payload)
+    part, ended = a.receive(*answered)
+    assert (part.part.body, part.part.payload) == (b"answer", payload)
+    assert ended == CallEnded(call)
+    assert a.core.calls == b.core.calls == (0, 0)
+    assert a.account.payload == b.account.payload == 0
+
+
+def test_a_payload_that_is_too_long_for_its_messages_frame_follows_in_chunks():
+    a, b = pair(inline=INLINE_BYTES)
+    call = asking(a, bytes(INLINE_BYTES + 1))
+    assert a.headers() == [request(1, INLINE_BYTES + 1, 30_000), Chunk(id=1)]
+    b.receive(request(1, INLINE_BYTES + 1))
+    b.receive(Chunk(id=1), bytes(INLINE_BYTES + 1))
+    b.core.reply(call, b"answer", [bytes(2 * CHUNK)])
+    b.core.end(call)
+    outs = list(iter(b.core.next_frame, None))
+    assert [out.ends for out in outs] == [0, 0, call]
+    for out in outs:
+        a.deliver(out)
+    assert a.over == [CallEnded(call)]
+    assert a.account.payload == 0
+
+
+def test_an_inline_payload_is_a_buffer_of_its_own_that_may_be_written():
+    b = Side(dialler=False, inline_bytes=INLINE_BYTES)
+    came = bytearray(b"abc")
+    b.receive(request(1), came)
+    came[:] = b"xyz"
+    assert b.arrived[0].payload == b"abc"
+    b.arrived[0].payload[0] = 7
+
+
+def test_an_inline_payload_needs_no_credit_and_is_counted_with_the_quota():
+    limits = QuotaParams(payload_a_peer=2 * INLINE_BYTES)
+    b = Side(dialler=False, limits=limits, inline_bytes=INLINE_BYTES)
+    before = b.core._window._left
+    for call in (1, 3, 5):
+        b.receive(request(call), bytes(INLINE_BYTES))
+    assert b.core._window._left == before
+    assert [arrived.id for arrived in b.arrived] == [1, 3]
+    assert b.account.payload == 2 * INLINE_BYTES
+    [busy] = b.headers()
+    assert (busy.id, busy.code) == (5, "busy")
+
+
+def test_an_answer_says_that_it_ends_only_where_that_is_known_in_time():
+    a, b = pair()
+    for when in ("before", "after"):
+        call = asking(a)
+        pump(a, b)
+        b.core.reply(call, b"1")
+        b.core.reply(call, b"2")
+        early = b.headers() if when == "after" else []
+        b.core.end(call)
+        last = when == "before"
+        parts = [Reply(id=call, body=b"1"), Reply(id=call, body=b"2", last=last)]
+        assert early + b.headers() == parts + ([] if last else [End(id=call)])
+        for part in parts:
+            a.receive(part)
+        if not last:
+            a.receive(End(id=call))
+        assert a.over[-1] == CallEnded(call)
+    assert a.core.calls == (0, 0)
+
+
+def test_a_failure_ends_an_answer_apart_from_its_parts():
+    a, b = pair()
+    call = asking(a)
+    pump(a, b)
+    b.core.reply(call, b"1")
+    b.core.end(call, "internal")
+    assert b.headers() == [Reply(id=call, body=b"1"), End(id=call, code="internal")]
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, 9 * MIB])

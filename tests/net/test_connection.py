@@ -70,6 +70,25 @@ class Waits:
 
 
 # ------------------------------------------------------------------ cancelling
+async def test_a_cancel_that_is_read_while_the_connection_ends_finds_no_call(autojump_clock):
+    async with world() as w:
+        b = await w.peer(1)
+        waits = Waits(b)
+        stranger = await greet(w, b)
+        [connection] = b.pool._connections()
+        await stranger.say(request(1, method="wait"))
+        await trio.testing.wait_all_tasks_blocked()
+        [scope] = connection._running.values()
+        connection._running.clear()  # as its task does when all are cancelled
+        await stranger.say(Cancel(id=1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert connection.open
+        connection._running[1] = scope
+        b.life.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert waits.cancelled == 1
+
+
 async def test_a_cancelled_call_ends_on_the_other_side(autojump_clock):
     async with world() as w:
         a, b = await w.peer(0), await w.peer(1)
@@ -439,7 +458,7 @@ async def test_a_peer_that_drips_its_payload_is_given_up_within_fifteen_seconds(
     async with world() as w:
         b = await w.peer(1)
         stranger = await greet(w, b)
-        await stranger.say(request(1, size=1000, budget_ms=10**6))
+        await stranger.say(request(1, size=100_000, budget_ms=10**6))
         with pytest.raises(trio.BrokenResourceError):
             await _drip(stranger)
         assert 10 <= trio.current_time() <= 15
@@ -457,7 +476,7 @@ async def test_a_late_payload_ends_its_call_at_the_deadline(autojump_clock):
     async with world() as w:
         b = await w.peer(1)
         stranger = await greet(w, b)
-        await stranger.say(request(1, size=1000, budget_ms=3000))
+        await stranger.say(request(1, size=100_000, budget_ms=3000))
         assert (await stranger.hear()).code == "timeout"
         assert trio.current_time() == pytest.approx(3.0)
 
@@ -539,8 +558,7 @@ async def test_goodbye_lets_calls_in_flight_finish_and_begins_no_others(autojump
             drains.start_soon(b.pool.drain)
             assert await stranger.hear() == Goodbye(last_id=1)
             await stranger.say(request(3))
-            assert await stranger.hear() == Reply(id=1, body=b"done")
-            assert await stranger.hear() == End(id=1)
+            assert await stranger.hear() == Reply(id=1, body=b"done", last=True)
             await stranger.stream.aclose()
         assert trio.current_time() == pytest.approx(5.0)
         assert b.events[-1] == PeerLost(key(9).peer_id, None)
@@ -562,7 +580,7 @@ async def test_a_peer_that_says_goodbye_is_let_go_when_nothing_is_left(autojump_
         b = await w.peer(1)
         stranger = await greet(w, b)
         await stranger.say(request(1), Goodbye(last_id=0))
-        assert [await stranger.hear(), await stranger.hear()] == [Reply(id=1), End(id=1)]
+        assert await stranger.hear() == Reply(id=1, last=True)
         with pytest.raises(EOFError):
             await stranger.hear()
         await trio.testing.wait_all_tasks_blocked()
@@ -588,7 +606,7 @@ async def test_a_node_that_is_stopped_in_the_middle_of_a_send_says_nothing_more(
         await stranger.say((Chunk(id=1), bytes(262_144)), (Chunk(id=1), bytes(300_000 - 262_144)))
         await trio.testing.wait_all_tasks_blocked()
         b.life.cancel()
-        assert await stranger.hear() == Reply(id=1, size=300_000)
+        assert await stranger.hear() == Reply(id=1, size=300_000, last=True)
         with pytest.raises(EOFError):
             await stranger.hear()
 
@@ -623,7 +641,7 @@ async def test_calls_over_the_limit_are_answered_busy_and_the_others_go_on(autoj
         await stranger.say(Cancel(id=1))
         assert await stranger.hear() == End(id=1, code="cancelled")
         await stranger.say(request(7))
-        assert await stranger.hear() == Reply(id=7)
+        assert await stranger.hear() == Reply(id=7, last=True)
 
 
 async def test_a_deadline_beyond_the_limit_here_is_cut(autojump_clock):

@@ -33,6 +33,15 @@ BROKEN = {
         [request(1, 1), (Chunk(id=1), b"a"), (Chunk(id=1), b"b")],
     ),
     "a payload behind another header": ("exchange.payload", [(Ping(n=1), b"x")]),
+    "a payload that is too long for its request's frame": (
+        "exchange.payload",
+        [(request(1), bytes(101))],
+    ),
+    "a payload in a request's frame and behind it": (
+        "exchange.payload",
+        [(request(1, 101), b"x")],
+    ),
+    "a payload that could be in its request's frame": ("exchange.payload", [request(1, 100)]),
     "a reply to nothing": ("exchange.id", [Reply(id=2)]),
     "a part's bytes for nothing": ("exchange.id", [(Chunk(id=2), b"x")]),
     "an end of nothing": ("exchange.id", [End(id=2)]),
@@ -44,9 +53,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("why", "messages"), BROKEN.values(), ids=BROKEN)
-def test_what_breaks_the_rules_is_refused(why, messages):
-    b = Side(dialler=False)
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_the_rules_is_refused(name):
+    why, messages = BROKEN[name]
+    b = Side(dialler=False, inline_bytes=100 if "request's frame" in name else 0)
     *before, last = [each if isinstance(each, tuple) else (each, b"") for each in messages]
     for message, payload in before:
         b.receive(message, payload)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from p2pmoe.net.calls import CallArrived, CallCancelled, CallEnded, CallLost, PartArrived
-from p2pmoe.net.messages import Cancel, End, Request, decode_header
+from p2pmoe.net.messages import INLINE_BYTES, Cancel, End, Request, decode_header
 from p2pmoe.net.quota import QuotaParams
 from p2pmoe.wire.framing import BULK_LIMITS, FrameReader, frame_prefix
 from tests.net.sides import Side, pair
 
-SIZES = [0, 1, 70_000, 300_000, 1_200_000]
+SIZES = [0, 1, INLINE_BYTES, INLINE_BYTES + 1, 70_000, 300_000, 1_200_000]
 LIMITS = QuotaParams(calls_a_peer=6, payload_a_peer=8_000_000)
 sides = st.sampled_from([0, 1])
 sizes = st.sampled_from(SIZES)
@@ -52,7 +52,7 @@ class Served:
 class TwoSides(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.sides = pair(LIMITS)
+        self.sides = pair(LIMITS, inline=INLINE_BYTES)
         self.lines: tuple[deque[memoryview], deque[memoryview]] = (deque(), deque())
         self.readers = FrameReader(BULK_LIMITS), FrameReader(BULK_LIMITS)
         self.untaken: tuple[deque[PartArrived], deque[PartArrived]] = (deque(), deque())
@@ -113,12 +113,12 @@ class TwoSides(RuleBasedStateMachine):
             pieces = frame_prefix(len(out.header), out.size), out.header, *out.payload
             self.lines[who].append(memoryview(b"".join(pieces)))
             header = decode_header(out.header)
+            if out.ends or isinstance(header, End):
+                self.asked[1 - who][header.id].ends += 1
             if isinstance(header, Request):
                 self.asked[who][header.id].begun = True
             elif isinstance(header, Cancel):
                 self.asked[who][header.id].cancels += 1
-            elif isinstance(header, End):
-                self.asked[1 - who][header.id].ends += 1
 
     @rule(who=sides, size=st.sampled_from([1, 60, 5000, 400_000, ALL, ALL]) | st.integers(1, ALL))
     def deliver(self, who: int, size: int) -> None:

@@ -93,6 +93,31 @@ def test_the_frame_that_ends_a_call_says_so():
     assert not outbox.waiting(7)
 
 
+def test_a_part_that_waits_takes_the_end_of_its_answer_along():
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
+    for call in (7, 9):
+        outbox.open(call)
+    outbox.end(9, End(id=9))
+    outbox.add(7, Reply(id=7, body=b"x", size=CHUNK + 1), views_of([bytes(CHUNK + 1)]))
+    outbox.end(7, End(id=7))
+    frames = [outbox.next_frame() for _ in range(4)]
+    assert [frame.ends for frame in frames] == [9, 0, 0, 7]
+    assert decode_header(frames[1].header) == Reply(id=7, body=b"x", size=CHUNK + 1, last=True)
+    assert outbox.empty
+
+
+def test_a_short_payload_goes_with_its_header_and_before_long_ones():
+    outbox = Outbox(CHUNK, SMALL_FRAMES)
+    asking(outbox, 1, bytes(2000))
+    outbox.open(3)
+    outbox.add(3, request(3), views_of([b"ab", b"c"]))
+    assert outbox.unsent_bytes == 2003
+    sizes = [(out.size, b"".join(out.payload)) for out in (outbox.next_frame() for _ in range(2))]
+    assert sizes == [(0, b""), (3, b"abc")]
+    assert outbox.unsent_bytes == 2000
+    assert not outbox.waiting(3)
+
+
 def test_a_call_without_credit_waits_and_does_not_hold_up_others():
     outbox = Outbox(2**20, SMALL_FRAMES)
     asking(outbox, 1, bytes(FIRST_WINDOW_BYTES + 10))

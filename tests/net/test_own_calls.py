@@ -126,11 +126,44 @@ def test_parts_for_a_cancelled_call_are_dropped():
         a.deliver(out)
     a.core.cancel(call)
     assert a.account.payload == 0
-    assert a.receive(Reply(id=call)) == []
     assert a.receive(Chunk(id=call), b"late") == []
     pump(a, b)
     assert a.effects == []
     assert a.core.calls == b.core.calls == (0, 0)
+
+
+@pytest.mark.parametrize("size", [0, CHUNK, 2 * CHUNK])
+def test_the_last_part_of_a_cancelled_call_ends_it(size):
+    a, b = pair()
+    call = asking(a)
+    pump(a, b)
+    b.core.reply(call, b"1")
+    b.core.reply(call, b"2", [bytes(size)])
+    b.core.end(call)
+    answer = list(iter(b.core.next_frame, None))
+    a.core.cancel(call)
+    [cancel] = a.headers()
+    for out in answer:
+        assert a.core.calls == (1, 0)
+        a.deliver(out)
+    assert (a.effects, a.account.payload, a.core.calls) == ([], 0, (0, 0))
+    assert b.receive(cancel) == []
+    assert b.headers() == []
+
+
+def test_a_call_cancelled_inside_its_last_part_ends_with_that_or_with_an_end():
+    for sent in (1, 2, 3):
+        a, b = pair()
+        call = asking(a)
+        pump(a, b)
+        b.core.reply(call, b"", [bytes(3 * CHUNK)])
+        b.core.end(call)
+        for _ in range(1 + sent):
+            a.deliver(b.core.next_frame())
+        a.core.cancel(call)
+        pump(a, b)
+        assert a.core.calls == b.core.calls == (0, 0)
+        assert a.account.payload == b.account.payload == 0
 
 
 def test_this_side_does_not_begin_more_calls_than_the_other_allows():
@@ -158,6 +191,20 @@ BROKEN_ANSWERS = {
     "bytes of no part": ("exchange.too_many_bytes", [(Chunk(id=1), b"x")]),
     "too many parts": ("exchange.too_many_parts", [Reply(id=1)] * (MAX_PARTS + 1)),
     "a second end": ("exchange.id", [End(id=1), End(id=1)]),
+    "an end behind the last part": ("exchange.id", [Reply(id=1, last=True), End(id=1)]),
+    "a part behind the last one": ("exchange.id", [Reply(id=1, last=True), Reply(id=1)]),
+    "a part inside the last one": (
+        "exchange.part_in_part",
+        [Reply(id=1, size=9, last=True), Reply(id=1)],
+    ),
+    "an end inside the last part": (
+        "exchange.part_cut",
+        [Reply(id=1, size=9, last=True), (Chunk(id=1), b"x"), End(id=1)],
+    ),
+    "more bytes than the last part has": (
+        "exchange.too_many_bytes",
+        [Reply(id=1, size=1, last=True), (Chunk(id=1), b"xy")],
+    ),
 }
 
 

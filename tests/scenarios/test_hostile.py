@@ -100,9 +100,12 @@ WRONG_STATES: tuple[Script, ...] = (
 )
 REPLAYS: tuple[Script, ...] = (inside(Call("echo", times=3), Replay()),)
 LENGTHS: tuple[Script, ...] = (
-    inside(Say(request(size=1000)), Say(Chunk(id=1), bytes(2000))),  # more than announced
+    inside(Say(request(size=100_000)), Say(Chunk(id=1), bytes(200_000))),  # more than announced
     inside(Say(Chunk(id=1), bytes(262_145))),  # more than a chunk may have
-    inside(Say(request(), b"payload")),  # a payload where none may be
+    inside(Say(request(), bytes(16_385))),  # a payload that should be in chunks
+    inside(Say(request(size=16_384))),  # and one that should not
+    inside(Say(request(size=100_000), b"payload")),  # in both places
+    inside(Say(Ping(n=1), b"payload")),  # a payload where none may be
     inside(Say(b"")),
 )
 PLAIN: Script = (Send(b"GET / HTTP/1.1\r\nHost: you\r\n\r\n"), Hear(HOLD))

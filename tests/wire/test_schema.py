@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pmoe.errors import MalformedMessage
+from p2pmoe.net.messages import Reply
 from p2pmoe.wire import cbor, schema
 from p2pmoe.wire.peer_record import PeerRecord
 from p2pmoe.wire.schema import U16, U32, U64, Bytes16, Bytes32, Message, SignedPayload, Text24
@@ -141,3 +142,15 @@ def test_any_bytes_are_a_message_or_a_typed_error(data):
             schema.decode(data, message)
         except MalformedMessage as error:
             assert error.why.startswith(("cbor.", "schema."))
+
+
+def test_what_is_said_again_is_written_and_read_as_the_first_time():
+    short = Reply(id=1, body=b"x")
+    long = Reply(id=1, body=bytes(2 * schema.REMEMBERED_BYTES))
+    for message in (short, short, long):
+        data = schema.encode_again(message)
+        assert data == schema.encode(message)
+        assert schema.decode_again(data, Reply) == message
+    for _ in range(2):
+        with pytest.raises(MalformedMessage, match=r"cbor\.truncated"):
+            schema.decode_again(data[:5], Reply)
