@@ -25,6 +25,11 @@ CHARTS = {
     "hops": ("Hops of one read", "hops", "hops", 1.0),
     "found": ("How many of the best experts are found", "%", "found", 100.0),
 }
+CHURN_CHARTS = {
+    "churn": ("Gets under churn", "% of gets", {"succeeded": 100.0, "fresh": 100.0}),
+    "churn-time": ("Time of a get", "milliseconds", {"p50_ms": 1.0, "p99_ms": 1.0}),
+    "churn-hops": ("Hops of a get", "hops", {"hops": 1.0}),
+}
 SMALLEST = 50  # peers, where a chart begins
 
 
@@ -85,9 +90,9 @@ SHARE = Share()
 )
 @click.option(
     "--chart",
-    type=click.Choice(["time", "hops", "found", "churn"]),
+    type=click.Choice([*CHARTS, *CHURN_CHARTS]),
     default="time",
-    help="What it shows: searches by peers, or gets by half-life.",
+    help="What it shows: searches by peers, or gets by half-life (churn).",
 )
 def command(**options: Any) -> None:
     """Search a large grid for the best four experts, in a swarm whose peers know one another.
@@ -100,7 +105,7 @@ def command(**options: Any) -> None:
     p2pmoe simulate dht --nodes 1000 --adversaries 30% --half-life 1h
     """  # noqa: D301  click wants the character itself
     chart = options["chart"] if options["plot"] else ""
-    if chart == "churn":
+    if chart in CHURN_CHARTS:
         _churn(options)
         return
     sizes = _sizes(options["nodes"]) if chart else [options["nodes"]]
@@ -198,12 +203,14 @@ def _churn(options: Mapping[str, Any]) -> None:
             figures = asdict(measure(run, part_of(progress, at, len(PARTS))))
             rows.append({"half_life": run.half_life, **figures})
     show(rows, as_json=options["as_json"])
+    title, unit, columns = CHURN_CHARTS[options["chart"]]
+    points = [(row["half_life"] / 60, {**row, "fresh": 1.0 - row["stale"]}) for row in rows]
     series = {
-        "succeeded": [(row["half_life"] / 60, row["succeeded"] * 100) for row in rows],
-        "not stale": [(row["half_life"] / 60, 100 - row["stale"] * 100) for row in rows],
+        name.replace("_ms", ""): [(minutes, row[name] * factor) for minutes, row in points]
+        for name, factor in columns.items()
     }
-    title = f"Gets under churn, {options['nodes']:,} peers"
-    chart = line_chart(series, title, "half-life of a session, minutes", "% of gets", log_x=True)
+    title = f"{title}, {options['nodes']:,} peers"
+    chart = line_chart(series, title, "half-life of a session, minutes", unit, log_x=True)
     write_plot(options["plot"], chart)
 
 

@@ -53,7 +53,15 @@ class Mend:
     key: bytes
 
 
-Asked = bytes | Question | Signed[Any] | Mend  # a place to find, a key to get, a record to put
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A record for a holder; a lease with what its owner before signed, if it was handed over."""
+
+    record: Signed[Any]
+    transfer: Signed[Any] | None = None
+
+
+Asked = bytes | Question | Put | Mend  # a place to find, a key to get, a record to put
 Reply = Answer | Vote
 Then = Callable[[Reply | None], None]
 
@@ -63,7 +71,7 @@ class Connections(Enum):
 
     UP = "up"  # nothing: every connection that is needed is there
     POOL = "pool"  # a dial, but for the last 128 peers of each node
-    COLD = "cold"  # a dial, for every peer that a search meets
+    COLD = "cold"  # a dial, for every peer that a search meets; between others they are up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +130,11 @@ class World:
         self.by_id: dict[PeerId, SimulatedPeer] = {}
         self.tally = Tally()
         self.seeded = True  # whether tables fill themselves as in a swarm that has settled
+        self.cold: SimulatedPeer | None = None  # who has to dial, where connections are COLD
         self._ids: list[int] = []  # of those that may stand in a table, in order
         self._dice = simulation.dice("latency")
         self._naming = simulation.dice("names")
-        self.take: Callable[[SimulatedPeer, SimulatedPeer, Signed[Any] | Mend, Then], None]
+        self.take: Callable[[SimulatedPeer, SimulatedPeer, Put | Mend, Then], None]
 
     @property
     def now(self) -> float:
@@ -198,6 +207,14 @@ class World:
         at = bisect_left(self._ids, number)
         if at < len(self._ids) and self._ids[at] == number:
             del self._ids[at]
+        self._disconnect(peer)
+
+    def chill(self, peer: SimulatedPeer) -> None:
+        """Nobody is connected to this one; where connections are COLD, all others have theirs."""
+        self.cold = peer
+        self._disconnect(peer)
+
+    def _disconnect(self, peer: SimulatedPeer) -> None:
         for other in peer.links:
             self.by_id[other].links.pop(peer.id, None)
         peer.links.clear()
@@ -224,13 +241,13 @@ class World:
         """Put a question to a peer; `then` gets the answer, or None when none came in time."""
         self.tally.calls += 1
         target = self.by_id[peer]
-        limit = PUT_LIMIT if isinstance(asked, Signed) else ASK_LIMIT
+        limit = PUT_LIMIT if isinstance(asked, Put) else ASK_LIMIT
         dials = not self._connected(source, target)
         delay = self._one_way(source, target)
         if dials:
             self.tally.dials += 1
             self.tally.bytes += DIAL_BYTES
-            trips = DIAL_TO_WRITE if isinstance(asked, Signed) else DIAL_TO_READ
+            trips = DIAL_TO_WRITE if isinstance(asked, Put) else DIAL_TO_READ
             delay += sum(self._one_way(source, target) for _ in range(2 * trips))
         self.tally.bytes += FRAME_BYTES + _request_bytes(asked)
         ends = self.now + limit
@@ -257,7 +274,7 @@ class World:
 
         if target.answers is not None:
             send(target.answers(source, asked))
-        elif isinstance(asked, Signed | Mend):
+        elif isinstance(asked, Put | Mend):
             self.take(target, source, asked, send)
         else:
             send(self.answer(target, source, asked))
@@ -334,7 +351,8 @@ class World:
         return self.params.latency.one_way(source.index, target.index, self._dice)
 
     def _connected(self, source: SimulatedPeer, target: SimulatedPeer) -> bool:
-        if self.params.connections is Connections.UP:
+        pooled = self.params.connections is Connections.POOL
+        if not pooled and self.cold not in (source, target):
             return True
         if target.id not in source.links:
             return False
@@ -359,7 +377,9 @@ class World:
 
 
 def _request_bytes(asked: Asked) -> int:
-    return len(asked.raw) + 16 if isinstance(asked, Signed) else 40  # a key and its name
+    if not isinstance(asked, Put):
+        return 40  # a key and its name
+    return 16 + len(asked.record.raw) + (len(asked.transfer.raw) if asked.transfer else 0)
 
 
 def sign(signer: PeerId, body: T, kind: Kind) -> Signed[T]:

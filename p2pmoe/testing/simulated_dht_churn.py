@@ -94,6 +94,7 @@ class ChurnFigures:
     p50_ms: float
     p99_ms: float
     slowest_ms: float
+    hops: float  # of a get, the mean
     holdings: int  # records just before they were announced again
     lost: int  # of these, those that no live peer held
     lost_low: float  # share: the 95 % confidence interval
@@ -130,6 +131,7 @@ class Churn:
         self._places: dict[SimulatedPeer, int] = {}  # in that list
         self._records: list[_Record] = []
         self.times: list[float] = []
+        self.hops = 0
         self.succeeded = self.missed = self.stale = self.joined = 0
         self.holdings = self.lost = 0
 
@@ -173,12 +175,9 @@ class Churn:
         newcomer = self.world.add()
         self.joined += 1
         self._join(newcomer)
-        self._enter(newcomer, self._sessions(self._dice))
 
     def _join(self, peer: SimulatedPeer) -> None:
-        """By anybody; by somebody else when that one is gone."""
-        if not peer.alive:
-            return
+        """By anybody; by somebody else when that one is gone. It reads once it has joined."""
         via = self._dice.choice(self._alive)
         self.world.contacts_of(peer).learn(via.card)
         self.world.contacts_of(peer).vouch(via.id, self.world.now)
@@ -187,7 +186,8 @@ class Churn:
             if reply is None:
                 self._join(peer)
             else:
-                Search(self.world, peer, peer.id.raw, lambda _found: None)
+                stays = self._sessions(self._dice)
+                Search(self.world, peer, peer.id.raw, lambda _found: self._enter(peer, stays))
 
         self.world.ask(peer, via.id, peer.id.raw, greeted)
 
@@ -249,6 +249,7 @@ class Churn:
     def _got(self, _record: _Record, asked: tuple[float, bool, int], found: Searched) -> None:
         began, held, settled = asked
         self.times.append(self.world.now - began)
+        self.hops += found.summary.hops if found.summary else 0
         copies = newest(found.all_copies())
         if copies and self.times[-1] <= SEARCH_LIMIT:
             self.succeeded += 1
@@ -267,6 +268,7 @@ class Churn:
             p50_ms=spread(self.times, 0.5) * 1000,
             p99_ms=spread(self.times, 0.99) * 1000,
             slowest_ms=max(self.times, default=0.0) * 1000,
+            hops=self.hops / max(1, len(self.times)),
             holdings=self.holdings,
             lost=self.lost,
             lost_low=low_high[0],

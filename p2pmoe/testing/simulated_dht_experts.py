@@ -201,7 +201,7 @@ class SearchFigures:
     hops: float  # of one read
     messages: float  # calls that one search makes
     all_messages: float  # with those that follow from it: dials back, refills, repairs
-    dials: float
+    dials: float  # with those of peers that were dialled and dial back, once
     kilobytes: float
     found: float  # share of the experts sought that were found
     lookups_when_fresh: int  # reads of the same search asked again at once
@@ -222,7 +222,7 @@ def measure(
     for at in range(run.searches):
         peer = dice.choice(alive)
         if run.connections is Connections.COLD:
-            peer.links.clear()
+            world.chill(peer)
         search = ExpertSearch(world, peer)
         scores = _scores(dice, side_of(run.experts))
         began = world.now

@@ -2,8 +2,9 @@
 
 An owner claims a uid and renews its lease as `dht/owner.py` does; a stranger claims it again and
 again, asks for the longest lifetime there is, and replays every record of the owner that it has
-seen; readers ask all the while. What must never happen is counted: a reader that is given the
-stranger while the owner's lease runs, and two that hold valid leases at once.
+seen; readers ask all the while. An owner may stand still, give its uid back, or hand it over to an
+heir, and put its old leases again ever after. What must never happen is counted: a reader that is
+given somebody else while the owner's lease runs, and two that hold valid leases at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 
 from p2pmoe.dht.claims import Again, Ask, Claim
 from p2pmoe.dht.leases import Granted, LeaseBook, LeaseParams, Vote, most_named, tally
-from p2pmoe.dht.messages import MAX_TTL_MS, Lease, key_of
+from p2pmoe.dht.messages import MAX_TTL_MS, Lease, Transfer, key_of
 from p2pmoe.dht.reading import Question, Searched, all_reached, never
 from p2pmoe.identity import PeerId
 from p2pmoe.testing.simulated_dht import SimulatedPeer, World, sign
@@ -29,13 +30,14 @@ LOOK_EVERY = 0.5  # seconds between looks at what is due
 
 
 class Claimant:
-    """One peer that wants the uid: the owner, or a stranger."""
+    """One peer that wants the uid: the owner, its heir, or a stranger."""
 
     def __init__(self, world: World, peer: SimulatedPeer, ttl_ms: int = 30_000) -> None:
         self.world, self.peer = world, peer
         self.book = LeaseBook(LeaseParams())
         self.paused = False
         self.sent: list[Signed[Lease]] = []
+        self.transfer: Signed[Transfer] | None = None  # what it says that the owner signed
         self._ttl_ms = ttl_ms
         self._claiming = False
 
@@ -44,16 +46,12 @@ class Claimant:
         """The number under which it would serve a call now."""
         return self.book.number(NAME, self.world.now)
 
-    def accepts(self, number: int) -> bool:
-        """Whether a call that names this lease is served: the rule of `experts/tenancy.py`."""
-        return self.number == number
-
     # ---------------------------------------------------------------------------------- claiming
     def claim(self) -> None:
         """Try to get it, as often as the rules of a claim allow."""
         if not self._claiming and self.number is None and not self.paused:
             self._claiming = True
-            self._round(Claim(self.peer.id))
+            self._round(Claim(self.peer.id, self.transfer))
 
     def _round(self, claim: Claim) -> None:
         question = Question(Kind.LEASE, KEY)
@@ -66,7 +64,7 @@ class Claimant:
             return
         lease = self._lease(look.number, self._ttl_ms)
         counted = partial(self._counted, claim, lease, (list(found.holders), self.world.now))
-        Write(self.world, self.peer, lease, counted).at(list(found.holders))
+        Write(self.world, self.peer, lease, counted, self.transfer).at(list(found.holders))
 
     def _counted(
         self,
@@ -123,6 +121,14 @@ class Claimant:
         if number is not None:
             Write(self.world, self.peer, self._lease(number, 0)).begin()
 
+    def hand_over(self, to: PeerId) -> Signed[Transfer] | None:
+        """End the lease here and sign it over, as `dht/owner.py` does; None without a lease."""
+        number = self.book.end(NAME, self.world.now)
+        if number is None:
+            return None
+        body = Transfer(grid=GRID, uid=UID, to=to.raw, number=number + 1)
+        return sign(self.peer.id, body, Kind.TRANSFER)
+
     def replay(self, records: Sequence[Signed[Lease]]) -> None:
         """Put somebody else's records at the holders again, the newest first."""
         for record in records[-1:-4:-1]:
@@ -141,7 +147,7 @@ class Claimant:
 # ---------------------------------------------------------------------------------- the attack
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakeoverRun:
-    """Seconds. `pause`: from then on the owner's process stands still for a minute."""
+    """Seconds. `pause_at`: from then on the owner's process stands still for a minute."""
 
     nodes: int = 20
     half_life: float = 900.0
@@ -149,6 +155,7 @@ class TakeoverRun:
     try_every: float = 5.0
     read_every: float = 20.0
     pause_at: float | None = None
+    give_back_at: float | None = None
     hand_over_at: float | None = None
     seed: int = 1
 
@@ -157,8 +164,8 @@ class TakeoverRun:
 class TakeoverFigures:
     """What came of it. The first two must be 0, whatever happens."""
 
-    strangers_read: int = 0  # reads that named the stranger while the owner's lease ran
-    both_valid: int = 0  # looks at which both would have served a call
+    strangers_read: int = 0  # reads that named another one while the owner's lease ran
+    both_valid: int = 0  # looks at which two would have served a call
     reads: int = 0
     owner_read: int = 0  # reads that named the owner while its lease ran
     nobody_read: int = 0  # reads that named nobody although the owner's lease ran
@@ -180,7 +187,9 @@ class Takeover:
         world.seeded = True
         self.owner = Claimant(world, self._outsider())
         self.stranger = Claimant(world, self._outsider(), ttl_ms=MAX_TTL_MS)
+        self.heir = Claimant(world, self._outsider())
         self._reader = self._outsider()
+        self._claimants = (self.owner, self.heir, self.stranger)
         world.seeded = False
         self.figures = TakeoverFigures()
         self._looks = self._held = self._taken = 0
@@ -197,7 +206,7 @@ class Takeover:
         run, simulation = self.run, self.world.simulation
         self.owner.claim()
         simulation.run(5.0)
-        for each in (self.owner, self.stranger):
+        for each in self._claimants:
             each.look_after()
         self._again(run.try_every, self._try)
         self._again(run.read_every, self._read)
@@ -205,6 +214,8 @@ class Takeover:
         if run.pause_at is not None:
             simulation.at(run.pause_at, self._pause, True)
             simulation.at(run.pause_at + 60.0, self._pause, False)
+        if run.give_back_at is not None:
+            simulation.at(run.give_back_at, self._give_back)
         if run.hand_over_at is not None:
             simulation.at(run.hand_over_at, self._hand_over)
         simulation.run(run.duration)
@@ -228,36 +239,42 @@ class Takeover:
     def _pause(self, paused: bool) -> None:
         self.owner.paused = paused
 
-    def _hand_over(self) -> None:
+    def _give_back(self) -> None:
         """The owner gives it back and puts its old leases at the holders ever after."""
         self.owner.withdraw()
-        old = list(self.owner.sent)
-        self._again(30.0, partial(self.owner.replay, old))
+        self._put_old_leases(self.owner)
+
+    def _hand_over(self) -> None:
+        """The heir owns it from now on; the stranger claims with what was signed for the heir."""
+        former, self.owner = self.owner, self.heir
+        self.heir.transfer = self.stranger.transfer = former.hand_over(self.heir.peer.id)
+        self.heir.claim()
+        self._again(self.run.try_every, former.claim)
+        self._put_old_leases(former)
+
+    def _put_old_leases(self, former: Claimant) -> None:
+        self._again(30.0, partial(former.replay, list(former.sent)))
 
     def _look(self) -> None:
         self._looks += 1
         self._held += self.owner.number is not None
         self._taken += self.stranger.number is not None
-        numbers = {each.number for each in (self.owner, self.stranger)} - {None}
-        both = self.owner.number is not None and self.stranger.number is not None
-        self.figures.both_valid += both or any(
-            self.owner.accepts(number) and self.stranger.accepts(number)
-            for number in numbers
-            if number is not None
-        )
+        self.figures.both_valid += sum(each.number is not None for each in self._claimants) > 1
 
     def _read(self) -> None:
-        read(self.world, self._reader, Question(Kind.LEASE, KEY), self._named)
+        if self.owner.number is not None:
+            named = partial(self._named, self.owner)
+            read(self.world, self._reader, Question(Kind.LEASE, KEY), named)
 
-    def _named(self, found: Searched) -> None:
-        if self.owner.number is None:
+    def _named(self, owner: Claimant, found: Searched) -> None:
+        if owner.number is None:
             return
         self.figures.reads += 1
         valid = [copy for copy in found.copies() if copy.expires_at > self.world.now]
         winner = most_named(valid)
         if winner is None:
             self.figures.nobody_read += 1
-        elif winner.signed.signer == self.owner.peer.id:
+        elif winner.signed.signer == owner.peer.id:
             self.figures.owner_read += 1
         else:
             self.figures.strangers_read += 1

@@ -31,7 +31,7 @@ from p2pmoe.dht.records import AskFirst, Others
 from p2pmoe.dht.region import WIDE
 from p2pmoe.dht.search import HOSTILE_PATHS, MEND_PAUSE, MOST_PAGES, ONE_PATH_BELOW, SEARCH_LIMIT
 from p2pmoe.identity import PeerId
-from p2pmoe.testing.simulated_dht import Mend, Reply, SimulatedPeer, Then, World
+from p2pmoe.testing.simulated_dht import Mend, Put, Reply, SimulatedPeer, Then, World
 from p2pmoe.wire.envelope import Kind, Signed
 
 BY_ALL = {all_answered, all_reached}  # as `dht/search.py`
@@ -218,14 +218,16 @@ class Write:
         peer: SimulatedPeer,
         record: Signed[Any],
         then: Callable[[Mapping[PeerId, Vote], int], None] = lambda _votes, _asked: None,
+        transfer: Signed[Any] | None = None,
     ) -> None:
-        self._world, self._peer, self._record, self._then = world, peer, record, then
+        self._world, self._peer, self._then = world, peer, then
+        self._put = Put(record, transfer)
         self._votes: dict[PeerId, Vote] = {}
         self._left = self._asked = 0
 
     def begin(self) -> None:
         """Look for the holders first."""
-        key = self._record.body.key
+        key = self._put.record.body.key
         Search(self._world, self._peer, key, lambda found: self.at(found.holders), all_reached)
 
     def at(self, places: list[PeerId]) -> None:
@@ -234,9 +236,9 @@ class Write:
         for holder in places:
             told = partial(self._voted, holder)
             if holder == self._peer.id:
-                self._world.take(self._peer, self._peer, self._record, told)
+                self._world.take(self._peer, self._peer, self._put, told)
             else:
-                self._world.ask(self._peer, holder, self._record, told)
+                self._world.ask(self._peer, holder, self._put, told)
 
     def _voted(self, holder: PeerId, vote: Reply | None) -> None:
         self._left -= 1
@@ -251,7 +253,7 @@ def take(
     world: World,
     holder: SimulatedPeer,
     sender: SimulatedPeer,
-    asked: Signed[Any] | Mend,
+    asked: Put | Mend,
     then: Then,
 ) -> None:
     """What an honest holder makes of a record, or of the word that others have more."""
@@ -261,10 +263,10 @@ def take(
         found = partial(adopt, world, holder, asked.kind)
         Search(world, holder, question, found)
         return
-    if sender.id != asked.signer and asked.kind is not Kind.MANIFEST:
+    if sender.id != asked.record.signer and asked.record.kind is not Kind.MANIFEST:
         then(Vote("refused", "not_publisher"))
         return
-    outcome = world.store_of(holder).put(asked, world.now)
+    outcome = world.store_of(holder).put(asked.record, world.now, transfer=asked.transfer)
     if isinstance(outcome, AskFirst):
         _grant(world, holder, outcome, then)
     else:
@@ -285,7 +287,8 @@ def _grant(world: World, holder: SimulatedPeer, first: AskFirst, then: Then) -> 
     def found(searched: Searched) -> None:
         answered = len(searched.answers.keys() - {holder.id})
         others = Others(searched.copies(), searched.number(), answered)
-        then(vote_of(world.store_of(holder).decide(first.lease, others, world.now)))
+        store = world.store_of(holder)
+        then(vote_of(store.decide(first.lease, others, world.now, transfer=first.transfer)))
 
     read(world, holder, Question(Kind.LEASE, key), found, owned)
 

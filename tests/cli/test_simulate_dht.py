@@ -26,11 +26,12 @@ def test_searches_and_gets_come_as_one_json_object_with_a_chart(
     assert chart.read_text().startswith("<svg")
 
 
+@pytest.mark.parametrize("kind", ["churn", "churn-time", "churn-hops"])
 def test_a_chart_of_churn_shows_gets_by_half_life(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
 ) -> None:
     chart = tmp_path / "churn.svg"
-    words = ["--half-life", "10m", "--chart", "churn", "--json", "--plot", str(chart)]
+    words = ["--half-life", "10m", "--chart", kind, "--json", "--plot", str(chart)]
     assert app.run([*DHT, *words]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["half_life"] for row in rows] == [50.0, 150.0, 600.0]

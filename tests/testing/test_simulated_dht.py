@@ -14,7 +14,7 @@ from p2pmoe.dht.asks import ASK_LIMIT
 from p2pmoe.dht.messages import MAX_TTL_MS, Lease, PrefixRecord
 from p2pmoe.dht.reading import Answer, Question, Searched
 from p2pmoe.dht.records import RecordParams
-from p2pmoe.testing.simulated_dht import Connections, Reply, World, WorldParams, sign
+from p2pmoe.testing.simulated_dht import Connections, Put, Reply, World, WorldParams, sign
 from p2pmoe.testing.simulated_dht_experts import SearchFigures, SearchRun, measure
 from p2pmoe.testing.simulated_dht_search import Search, Write, honest, read
 from p2pmoe.testing.simulator import Constant, Exponential, Simulation
@@ -49,7 +49,7 @@ def asked(here: World, source: int, target: int, question: object) -> tuple[Repl
     return reply, trips
 
 
-def record(here: World, publisher: int) -> object:
+def record(here: World, publisher: int) -> Signed[Any]:
     body = PrefixRecord(
         grid=bytes(32), prefix="ffn", coordinates=(1,), epoch=1, incarnation=1, ttl_ms=60_000
     )
@@ -75,7 +75,7 @@ def test_a_first_contact_costs_two_round_trips_more_to_read_and_three_to_write()
     assert asked(here, 0, 1, bytes(32))[1] == 3
     assert asked(here, 0, 1, bytes(32))[1] == 1
     assert asked(here, 1, 0, bytes(32))[1] == 1  # one connection serves both
-    assert asked(here, 0, 2, record(here, 0))[1] == 4
+    assert asked(here, 0, 2, Put(record(here, 0)))[1] == 4
     assert asked(world(8), 0, 1, bytes(32))[1] == 1
 
 
@@ -189,14 +189,18 @@ def test_at_ten_thousand_peers_a_search_takes_a_third_of_a_second() -> None:
     """1,000 searches in less than 5 minutes of one core and 4 GiB, then cold and with dead ones."""
     began = time.process_time()
     up = {10_000: measure(SearchRun(nodes=10_000, searches=1000))}
-    assert time.process_time() - began < 300  # seconds
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20  # KiB, Linux
+    took = time.process_time() - began
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, Linux
     up |= {nodes: measure(SearchRun(nodes=nodes, searches=200)) for nodes in (100, 1000)}
     cold = measure(SearchRun(nodes=10_000, searches=200, connections=COLD))
     dead = measure(SearchRun(nodes=10_000, searches=200, dead=0.1))
+    print(*up.values(), cold, dead, f"{took:.0f} s, {most >> 10} MiB", sep="\n")  # noqa: T201  the figures
+    assert took < 300  # seconds
+    assert most < 4 << 20
     assert up[10_000].mean_ms <= 320
     assert cold.mean_ms <= 900
     assert dead.mean_ms <= 2 * up[10_000].mean_ms
+    assert not sum(run.lookups_when_fresh for run in (*up.values(), cold, dead))
     steps = [
         up[1000].mean_ms - up[100].mean_ms,
         up[10_000].mean_ms - up[1000].mean_ms,

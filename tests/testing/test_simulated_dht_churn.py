@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,8 @@ from p2pmoe.testing.simulated_dht_churn import (
 )
 
 HOUR = 3600.0
+SOAK = ChurnRun(nodes=100, half_life=HOUR / 4, duration=5 / 16 * HOUR)  # of five announcements
+SEEDS = range(1, 11)
 
 
 def share_below(kind: str, limit: float) -> float:
@@ -69,17 +72,29 @@ def test_records_are_found_while_peers_come_and_go(kind: str) -> None:
     assert seen == sorted(seen)
 
 
+def assert_few_are_lost(runs: list[ChurnFigures]) -> None:
+    """The upper end of the 95 % interval of all runs together decides."""
+    lost, holdings = sum(run.lost for run in runs), sum(run.holdings for run in runs)
+    low, high = wilson(lost, holdings)
+    said = f"{lost} of {holdings} lost: {low:.1e} to {high:.1e}, bound {runs[0].bound:.1e}"
+    print(*runs, said, sep="\n")  # noqa: T201  the figures
+    assert high <= 3 * runs[0].bound, said
+
+
 @pytest.mark.soak
 def test_of_a_hundred_thousand_gets_under_churn_a_thousandth_fails_at_most() -> None:
-    run = ChurnRun(nodes=200, records=1000, gets=100_000, duration=12 * HOUR)  # 48,000 holdings
-    figures = measure(run)
-    assert_holds(figures)
-    assert figures.lost_high <= 3 * figures.bound
+    """By ten seeds, more than a half-life each; readers repair what they meet."""
+    run = replace(SOAK, records=1000, gets=10_000)
+    runs = [measure(replace(run, seed=seed)) for seed in SEEDS]
+    for figures in runs:
+        assert_holds(figures)
+    assert_few_are_lost(runs)
 
 
 @pytest.mark.soak
 def test_without_a_reader_no_more_records_are_lost_than_the_bound_says() -> None:
-    """Nobody reads, so nothing is repaired; the interval of 100,000 holdings decides."""
-    figures = measure(ChurnRun(nodes=60, records=2000, gets=1, duration=12.5 * HOUR))
-    assert figures.holdings >= 98_000
-    assert figures.lost_high <= 3 * figures.bound
+    """Nobody reads, so nothing is repaired."""
+    run = replace(SOAK, records=2000, gets=1)
+    runs = [measure(replace(run, seed=seed)) for seed in SEEDS]
+    assert sum(figures.holdings for figures in runs) >= 98_000
+    assert_few_are_lost(runs)
