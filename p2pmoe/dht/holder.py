@@ -8,18 +8,19 @@ closest peers were asked (L1). Whoever says that others have more is not believe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.dht.asks import Asks
+from p2pmoe.dht.asks import NAME_BYTES, Asks
 from p2pmoe.dht.contacts import Contacts
 from p2pmoe.dht.jobs import Jobs
-from p2pmoe.dht.leases import LeaseCopy, Vote
+from p2pmoe.dht.leases import MOST_HOLDERS, LeaseCopy, Vote
 from p2pmoe.dht.messages import (
     FIND,
     GET,
@@ -37,13 +38,13 @@ from p2pmoe.dht.messages import (
     Verdict,
 )
 from p2pmoe.dht.outcomes import Abstained, AskFirst, Full, Others, Put, Refused, Stale, Stored
-from p2pmoe.dht.packing import Packer, copy_of
+from p2pmoe.dht.packing import Cards, Packer, copy_of
 from p2pmoe.dht.reading import Answer, never
 from p2pmoe.dht.records import RecordStore
 from p2pmoe.dht.routing import Networks
 from p2pmoe.dht.search import Place, Searches
 from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
-from p2pmoe.identity import PeerId
+from p2pmoe.identity import PeerId, distance
 from p2pmoe.net.connection import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
@@ -98,7 +99,7 @@ class Holder:
         for query in request.keys:
             kind = None if query.kind is None else Kind(query.kind)
             records = store.get(query.key, now, query.after, kind)
-            closer = self._closer(query.key, call.peer)
+            closer = self._closer(query.key, call.peer, query.known)
             if not packer.add(closer, records, store.number(query.key)):
                 break
         await call.send(schema.encode(packer.reply()))
@@ -115,8 +116,13 @@ class Holder:
             for at, each in enumerate(handed):
                 decisions.start_soon(self._put_one, call.peer, each, at, votes)
         now = trio.current_time()
-        verdicts = tuple(_verdict(votes[at], now) for at in range(len(handed)))
-        await call.send(schema.encode(PutReply(verdicts=verdicts)))
+        cards = Cards(self._card)
+        for at, put in enumerate(request.records):
+            if put.holders:
+                closer = self._closer(handed[at][0].body.key, call.peer, put.holders)
+                votes[at] = replace(votes[at], closer=tuple(closer))
+        verdicts = tuple(_verdict(votes[at], now, cards) for at in range(len(handed)))
+        await call.send(schema.encode(PutReply(verdicts=verdicts, contacts=tuple(cards.raw))))
 
     async def _mend(self, call: IncomingCall) -> None:
         request = schema.decode(call.body, MendRequest)
@@ -163,11 +169,21 @@ class Holder:
         record = self._parts.contacts.record(peer)
         return None if record is None else record.raw
 
-    def _closer(self, target: bytes, asker: PeerId) -> list[PeerId]:
+    def _closer(self, target: bytes, asker: PeerId, known: Sequence[bytes] = ()) -> list[PeerId]:
+        """The closest; of those to whom r are `known` only what is missing between them."""
         searches = self._parts.searches
-        return self._parts.contacts.table.closest(
+        closest = self._parts.contacts.table.closest(
             target, searches.k, lambda peer: peer != asker and searches.usable(peer)
         )
+        if not known:
+            return closest
+
+        def away(name: bytes) -> int:
+            return distance(name[:NAME_BYTES], target[:NAME_BYTES])
+
+        farthest = max(map(away, known)) if len(known) >= MOST_HOLDERS else math.inf
+        missing = (peer for peer in closest if peer.raw[:NAME_BYTES] not in known)
+        return [peer for peer in missing if away(peer.raw) <= farthest]
 
     # --------------------------------------------------------------------------------- decisions
     async def put(self, record: Signed[Any], transfer: Signed[Transfer] | None = None) -> Vote:
@@ -177,7 +193,15 @@ class Holder:
         if isinstance(outcome, AskFirst):
             outcome = await self._grant(outcome.lease, outcome.transfer)
         telemetry.count("p2pmoe_dht_puts_total", result=type(outcome).__name__.lower())
-        return vote_of(outcome)
+        vote = vote_of(outcome)
+        return vote if self._comes_first(record, now) else replace(vote, why=vote.why or "later")
+
+    def _comes_first(self, record: Signed[Any], now: float) -> bool:
+        """Whether no other manifest of the name was here before this one."""
+        if record.kind is not Kind.MANIFEST:
+            return True
+        first = self._parts.store.get(record.body.key, now, kind=Kind.MANIFEST)
+        return not first or first[0].signed.digest == record.digest
 
     async def _grant(self, lease: Signed[Lease], transfer: Signed[Transfer] | None) -> Put:
         """L1: dial the publisher back, ask the others, then decide."""
@@ -234,6 +258,9 @@ def vote_of(outcome: Put) -> Vote:
             return Vote("refused", outcome.why, outcome.number, owner)
 
 
-def _verdict(vote: Vote, now: float) -> Verdict:
+def _verdict(vote: Vote, now: float, cards: Cards) -> Verdict:
     owner = None if vote.owner is None else copy_of(vote.owner, now)
-    return Verdict(outcome=vote.outcome, why=vote.why, number=vote.number, owner=owner)
+    closer = tuple(place for peer in vote.closer if (place := cards.place(peer)) is not None)
+    return Verdict(
+        outcome=vote.outcome, why=vote.why, number=vote.number, owner=owner, closer=closer
+    )

@@ -77,12 +77,16 @@ LeaseCopy = RecordCopy[Lease]
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one holder made of a record; the words are those of `messages.Verdict`."""
+    """What one holder made of a record; the words are those of `messages.Verdict`.
+
+    `closer` are peers that it names because they should hold the record and were not asked.
+    """
 
     outcome: Literal["stored", "stale", "refused", "full", "abstained"]
     why: str = ""
     number: int = 0
     owner: LeaseCopy | None = None
+    closer: tuple[PeerId, ...] = ()
 
 
 # ------------------------------------------------------------------------------------- quorums

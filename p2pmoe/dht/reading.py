@@ -24,11 +24,15 @@ from p2pmoe.wire.envelope import Kind, Signed
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A key to get, and what kind of record lies there; None for whatever does."""
+    """A key to get, and what kind of record lies there; None for whatever does.
+
+    `known` peers, by how their ids begin, need not be named.
+    """
 
     kind: Kind | None
     key: bytes
     after: bytes = b""
+    known: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +99,19 @@ def all_answered(answers: Sequence[Answer], asked: int) -> bool:
 
 def majority_agrees(answers: Sequence[Answer], asked: int) -> bool:
     """A quorum names the same publisher of a lease, or the same manifest, first."""
+    return _most_agreeing(answers) >= quorum(asked)
+
+
+def _most_agreeing(answers: Sequence[Answer]) -> int:
     named = Counter(_named(answer.records[0].signed) for answer in answers if answer.records)
-    return max(named.values(), default=0) >= quorum(asked)
+    return max(named.values(), default=0)
+
+
+def left_to_hear(enough: Enough, answers: Sequence[Answer], asked: int) -> int:
+    """How many more answers the rule needs if all goes well; 0 where it needs all there are."""
+    if enough is not majority_agrees:
+        return 0
+    return max(1, quorum(asked) - _most_agreeing(answers))
 
 
 def _named(first: Signed[Any]) -> object:

@@ -3,8 +3,9 @@
 The cores decide whom to ask and who won; this file asks. A search ends when the closest peers have
 answered, or earlier, when enough of the r closest that are known agree. Equal searches share one.
 Puts and leases go by two disjoint paths where the swarm is large enough for two, everything by four
-in hostile mode. A key with more ids around it than there would be by chance is searched for in a
-whole region. Holders that lack what others named are told so afterwards.
+in hostile mode. Whoever knows most peers there are asks the closest at once, without looking for
+them, and no more than are needed. A key with more ids around it than there would be by chance is
+searched for in a whole region. Holders that lack what others named are told so afterwards.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.dht.asks import Asks
+from p2pmoe.dht.asks import NAME_BYTES, Asks
 from p2pmoe.dht.contacts import Contacts
 from p2pmoe.dht.jobs import Flights, Jobs
 from p2pmoe.dht.leases import MOST_HOLDERS, RecordCopy, holders
@@ -30,6 +32,7 @@ from p2pmoe.dht.reading import (
     all_answered,
     all_reached,
     lacking,
+    left_to_hear,
     never,
     wanted_copies,
 )
@@ -42,13 +45,15 @@ from p2pmoe.wire.envelope import Kind
 SEARCH_LIMIT = 10.0  # seconds for a whole search; then what is known must do; a guess
 MOST_PAGES = 8  # of one holder's dictionaries under one prefix; a guess
 ONE_PATH_BELOW = 32  # contacts; with fewer, two paths ask everybody and are no surer; a guess
+MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
+KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a guess
 HOSTILE_PATHS = 4  # in hostile mode; S/Kademlia
 MEND_PAUSE = 5.0  # seconds in which one holder is told once that it lacks something; a guess
 MOST_MENDED = 4096  # holders and keys that were told lately; a guess
 
 _BY_ALL = {all_answered, all_reached}  # rules for which one path alone may be led astray
 
-Ask = Callable[[PeerId], Awaitable[Answer]]
+Ask = Callable[[PeerId, tuple[PeerId, ...]], Awaitable[Answer]]  # and whom it need not name
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ class _Search:
     enough: Enough
     answers: dict[PeerId, Answer]
     patient: bool = True
+    known: tuple[PeerId, ...] = ()  # the closest, where it began at them
 
 
 class Searches:
@@ -112,15 +118,14 @@ class Searches:
 
     async def find(self, target: bytes) -> Searched:
         """The peers closest to a place. Those that are found were all reached just now."""
-        ask = partial(self._asks.find, target=target)
-        search = _Search(target, ask, never, {})
+        search = _Search(target, partial(self._find, target=target), never, {})
         return await self._flights.share(target, partial(self._search, search, careful=True))
 
     async def nearest(self, key: bytes) -> Searched:
         """The r peers closest to a key, who were all reached just now; sooner than by `find`."""
         if self._params.hostile:
             return await self.find(key)
-        search = _Search(key, partial(self._asks.find, target=key), all_reached, {}, patient=False)
+        search = _Search(key, partial(self._find, target=key), all_reached, {}, patient=False)
         found = partial(self._search, search, careful=True)
         return await self._flights.share((key, all_reached), found)
 
@@ -141,6 +146,20 @@ class Searches:
         search = _Search(key, ask, never, self._own_answer(question))
         return await self._flights.share(question, partial(self._search, search, careful=True))
 
+    def closest_known(self, key: bytes) -> list[PeerId]:
+        """The k closest to a key, where this peer knows so many that no search is needed; or none.
+
+        They cannot be hidden from it, as on a path; whom it does not know they name.
+        """
+        now, met = trio.current_time(), self._contacts.met()
+        few = len(met) < KNOWS_ENOUGH * self.size.about(now)
+        if self._params.hostile or few or len(met) > MOST_SCANNED:
+            return []
+        near = int.from_bytes(key, "big")
+        met.sort(key=lambda peer: peer.number ^ near)
+        closest = list(islice(filter(self.usable, met), self.k))
+        return [] if self.size.is_crowded(key, closest, now) else closest
+
     def usable(self, peer: PeerId) -> bool:
         """Whether a question to this peer may be answered."""
         now = trio.current_time()
@@ -156,8 +175,13 @@ class Searches:
     async def _search(self, search: _Search, *, careful: bool) -> Searched:
         table, target = self._contacts.table, search.target
         began = trio.current_time()
-        params = self._width(careful=careful)
-        lookup = await self._look_up(search, table.closest(target, self.k, self.usable), params)
+        seeds, params = self.closest_known(target), self._width(careful=careful)
+        search.known = tuple(seeds)
+        if seeds:
+            params = replace(params, paths=1)
+        else:
+            seeds = table.closest(target, self.k, self.usable)
+        lookup = await self._look_up(search, seeds, params)
         closest, now = lookup.result(), trio.current_time()
         if crowded := self.size.is_crowded(target, closest, now):
             telemetry.emit("dht.key.crowded", key=target)
@@ -177,7 +201,8 @@ class Searches:
             most = self.k if self._params.hostile else MOST_HOLDERS  # of 5, all lie in one of 32
             found = holders(target, known, self._place.holder, most)
         now = trio.current_time()
-        table.looked_up(target, now)
+        if lookup.done or not search.known:
+            table.looked_up(target, now)
         summary = lookup.summary(now)
         telemetry.emit(
             "dht.lookup.finished",
@@ -212,9 +237,10 @@ class Searches:
         async with trio.open_nursery() as questions:
             while not lookup.done and not self._settled(lookup, search):
                 now = trio.current_time()
-                for peer in lookup.wanted(now, 0 if search.patient else MOST_HOLDERS):
+                front = 0 if search.patient else MOST_HOLDERS
+                for peer in lookup.wanted(now, front, self._most(lookup, search, now)):
                     if self.usable(peer):
-                        questions.start_soon(self._ask, search.ask, peer, came_send)
+                        questions.start_soon(self._ask, search, peer, came_send)
                     else:
                         came_send.send_nowait((peer, None))
                 with trio.move_on_at(lookup.next_deadline(now)):
@@ -228,24 +254,30 @@ class Searches:
 
     async def _ask(
         self,
-        ask: Ask,
+        search: _Search,
         peer: PeerId,
         came: trio.MemorySendChannel[tuple[PeerId, Answer | None]],
     ) -> None:
         try:
-            answer: Answer | None = await ask(peer)
+            answer: Answer | None = await search.ask(peer, search.known)
         except P2PMoEError:  # marked and told about where it was asked
             answer = None
         came.send_nowait((peer, answer))
 
-    async def _get_pages(self, peer: PeerId, question: Question) -> Answer:
-        first = page = await self._asks.get(peer, question)
+    async def _find(self, peer: PeerId, _known: tuple[PeerId, ...], target: bytes) -> Answer:
+        return await self._asks.find(peer, target)
+
+    async def _get_pages(
+        self, peer: PeerId, known: tuple[PeerId, ...], question: Question
+    ) -> Answer:
+        names = tuple(each.raw[:NAME_BYTES] for each in known)
+        first = page = await self._asks.get(peer, replace(question, known=names))
         records = list(page.records)
         for _ in range(MOST_PAGES):
             if not (page.more and page.records and question.kind is Kind.PREFIX):
                 break
             after = page.records[-1].signed.signer.raw
-            page = await self._asks.get(peer, Question(question.kind, question.key, after))
+            page = await self._asks.get(peer, replace(question, after=after, known=names))
             records += page.records
         return Answer(first.closer, tuple(records), first.number)
 
@@ -260,10 +292,21 @@ class Searches:
         if search.enough in _BY_ALL and not lookup.has_converged(MOST_HOLDERS):
             return False
         known = lookup.closest(self.k, now)
-        closest = holders(search.target, known, self._place.holder)
-        answers = [search.answers[peer] for peer in closest if peer in search.answers]
+        answers, asked = self._of_holders(search, known)
         crowded = self.size.is_crowded(search.target, known, now)
-        return search.enough(answers, len(closest)) and not crowded
+        return search.enough(answers, asked) and not crowded
+
+    def _of_holders(self, search: _Search, known: Iterable[PeerId]) -> tuple[list[Answer], int]:
+        """What the r closest have answered, and r."""
+        closest = holders(search.target, known, self._place.holder)
+        return [search.answers[peer] for peer in closest if peer in search.answers], len(closest)
+
+    def _most(self, lookup: Lookup, search: _Search, now: float) -> int:
+        """How many questions may be on their way; 0 for as many as ever."""
+        if search.patient or not search.known:
+            return 0
+        answers, asked = self._of_holders(search, lookup.closest(self.k, now))
+        return left_to_hear(search.enough, answers, asked)
 
     def _own_answer(self, question: Question) -> dict[PeerId, Answer]:
         """A holder asks itself without a call."""
