@@ -8,7 +8,6 @@ closest peers were asked (L1). Whoever says that others have more is not believe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +43,7 @@ from p2pmoe.dht.records import RecordStore
 from p2pmoe.dht.routing import Networks
 from p2pmoe.dht.search import Place, Searches
 from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
-from p2pmoe.identity import PeerId, distance
+from p2pmoe.identity import ID_BYTES, PeerId, distance
 from p2pmoe.net.connection import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
@@ -171,19 +170,17 @@ class Holder:
 
     def _closer(self, target: bytes, asker: PeerId, known: Sequence[bytes] = ()) -> list[PeerId]:
         """The closest; of those to whom r are `known` only what is missing between them."""
-        searches = self._parts.searches
-        closest = self._parts.contacts.table.closest(
-            target, searches.k, lambda peer: peer != asker and searches.usable(peer)
-        )
-        if not known:
-            return closest
+        searches, table = self._parts.searches, self._parts.contacts.table
 
-        def away(name: bytes) -> int:
-            return distance(name[:NAME_BYTES], target[:NAME_BYTES])
+        def named(peer: PeerId) -> bool:
+            return peer != asker and searches.usable(peer)
 
-        farthest = max(map(away, known)) if len(known) >= MOST_HOLDERS else math.inf
-        missing = (peer for peer in closest if peer.raw[:NAME_BYTES] not in known)
-        return [peer for peer in missing if away(peer.raw) <= farthest]
+        if len(known) < MOST_HOLDERS:
+            return table.closest(target, searches.k, named)
+        rest = bytes(ID_BYTES - NAME_BYTES)
+        farthest = max(distance(name + rest, target) for name in known)
+        near = table.within(target, farthest)
+        return [peer for peer in near if peer.raw[:NAME_BYTES] not in known and named(peer)]
 
     # --------------------------------------------------------------------------------- decisions
     async def put(self, record: Signed[Any], transfer: Signed[Transfer] | None = None) -> Vote:

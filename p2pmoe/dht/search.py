@@ -91,6 +91,7 @@ class _Search:
     answers: dict[PeerId, Answer]
     patient: bool = True
     known: tuple[PeerId, ...] = ()  # the closest, where it began at them
+    due: frozenset[PeerId] = frozenset()  # who should have the records, slow or not
 
 
 class Searches:
@@ -169,7 +170,7 @@ class Searches:
     async def _read(self, kind: Kind, search: _Search) -> Searched:
         search.answers.update(self._own_answer(Question(kind, search.target)))
         found = await self._search(search, careful=kind is Kind.LEASE)
-        self._mend(kind, search.target, found)
+        self._mend(kind, search, found)
         return found
 
     async def _search(self, search: _Search, *, careful: bool) -> Searched:
@@ -200,6 +201,7 @@ class Searches:
             known = lookup.closest(self.k, now) if early else closest
             most = self.k if self._params.hostile else MOST_HOLDERS  # of 5, all lie in one of 32
             found = holders(target, known, self._place.holder, most)
+        search.due = frozenset(holders(target, lookup.closest(self.k), self._place.holder))
         now = trio.current_time()
         if lookup.done or not search.known:
             table.looked_up(target, now)
@@ -320,10 +322,12 @@ class Searches:
         return {self._place.own: Answer((), copies, self._store.number(question.key))}
 
     # ------------------------------------------------------------------------------- read repair
-    def _mend(self, kind: Kind, key: bytes, found: Searched) -> None:
+    def _mend(self, kind: Kind, search: _Search, found: Searched) -> None:
         """Tell who lacks what others named, without waiting for it; ourselves too."""
-        now = trio.current_time()
+        now, key = trio.current_time(), search.target
         for peer in lacking(kind, key, found, now):
+            if search.known and peer not in search.due:
+                continue
             told = (peer, key)
             if peer == self._place.own:
                 self.adopt(kind, found)
