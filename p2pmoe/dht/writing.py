@@ -23,7 +23,7 @@ from p2pmoe.errors import P2PMoEError
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Signed
 
-SLOW = 0.5  # seconds, then the next closest holds the record as well; a guess
+SLOW = 2.0  # seconds, then the next closest holds the record as well; a guess
 
 PutHere = Callable[[Signed[Any], Signed[Transfer] | None], Awaitable[Vote]]
 Votes = dict[PeerId, Vote]
