@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,39 +47,34 @@ class Work(NamedTuple):
 class Peer:
     """A peer process, and the orders that it has not answered yet."""
 
-    stream: trio.SocketStream
+    process: trio.Process
     address: str = ""
-    pid: int = 0
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
     waiting: dict[int, trio.Event] = field(default_factory=dict)
     writing: trio.Lock = field(default_factory=trio.Lock)
 
     async def order(self, number: int, **order: Any) -> dict[str, Any] | None:
         """Give an order and wait for its answer; None when it takes too long."""
+        assert self.process.stdin is not None
         self.waiting[number] = answered = trio.Event()
         line = json.dumps({"id": number, **order}) + "\n"
         async with self.writing:
-            with suppress(trio.BrokenResourceError):  # killed
-                await self.stream.send_all(line.encode())
+            await self.process.stdin.send_all(line.encode())
         with trio.move_on_after(MOST):
             await answered.wait()
         return self.answers.pop(number, None)
 
     async def read(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Take its answers until it ends; it has started when it says where it listens."""
-        async for line in lines(self.stream):
+        assert self.process.stdout is not None
+        async for line in lines(self.process.stdout):
             message = json.loads(line)
             if "address" in message:
-                self.address, self.pid = message["address"], message["pid"]
+                self.address = message["address"]
                 task_status.started()
             else:
                 self.answers[message["id"]] = message
                 self.waiting.pop(message["id"]).set()
-
-    def kill(self) -> None:
-        """As a crash does."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
 
 
 def run(params: DhtParams) -> Metrics:
@@ -113,7 +106,7 @@ async def _after_kill(peers: list[Peer], work: list[Work], params: DhtParams) ->
     victims = set(dice.sample(range(params.peers), params.peers // 3))
     alive = [index for index in range(params.peers) if index not in victims]
     for victim in victims:
-        peers[victim].kill()
+        peers[victim].process.kill()
     count, found = params.keys, {}
     parts = [
         [one._replace(reader=alive[index % len(alive)]) for index, one in enumerate(part)]
@@ -170,24 +163,19 @@ async def _peers(params: DhtParams) -> AsyncIterator[list[Peer]]:
     """So many peers, each joining by some of those before it; all have ended after the block."""
     dice = random.Random(params.seed)  # noqa: S311  seeded, as the work is
     peers: list[Peer] = []
-    pairs = [socket.socketpair() for _ in range(params.peers)]
-    theirs = [pair[1].fileno() for pair in pairs]
-    mother = await trio.lowlevel.open_process(
-        [*PEER, *map(str, theirs)], stdin=subprocess.PIPE, pass_fds=theirs, start_new_session=True
-    )
-    assert mother.stdin is not None
     async with trio.open_nursery() as readers:
         try:
-            for own, other in pairs:
+            for _ in range(params.peers):
                 known = dice.sample(peers, min(params.boot, len(peers)))
-                line = " ".join([str(other.fileno()), *(peer.address for peer in known)])
-                await mother.stdin.send_all(line.encode() + b"\n")
-                peers.append(Peer(trio.SocketStream(trio.socket.from_stdlib_socket(own))))
+                command = [*PEER, *(peer.address for peer in known)]
+                process = await trio.lowlevel.open_process(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                )
+                peers.append(Peer(process))
                 await readers.start(peers[-1].read)
-                other.close()
             yield peers
         finally:
             for peer in peers:
-                peer.kill()
-            mother.kill()
+                if peer.process.poll() is None:
+                    peer.process.send_signal(signal.SIGKILL)
             readers.cancel_scope.cancel()

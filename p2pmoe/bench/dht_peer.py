@@ -1,23 +1,16 @@
-"""The peers of `p2pmoe bench dht`, each a process that takes orders and answers on a socket.
-
-They are forked from one process that has imported everything, as the peers of other systems are
-from the process that measures them; it forks one for each line on stdin, which has the number of
-the inherited socket and the addresses to join by, and ends with stdin.
+"""One peer of `p2pmoe bench dht`, as a process: it reads orders on stdin and answers on stdout.
 
 An order is a JSON object a line: `{"id", "store": name, "value": text}` or `{"id", "get": name}`.
 The answer has the same id and, for a get, the value found. The value is carried by a manifest,
-which is what this DHT keeps for any name. A peer ends when its socket does.
+which is what this DHT keeps for any name. The process ends when stdin does.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import sys
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import AsyncIterator
 from typing import Any
 
 import trio
@@ -29,13 +22,11 @@ from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.envelope import Kind, seal
 
-Say = Callable[[dict[str, Any]], Awaitable[None]]
-
 PIECE = 256  # characters of one option of a manifest
 ROW = (TensorSchema(dtype="float32", shape=(1,)),)
 
 
-async def main(number: int, peers: list[str]) -> None:
+async def main(peers: list[str]) -> None:
     """A node on any port of loopback that obeys orders until there are no more."""
     config = NodeConfig(
         peers=tuple(map(Address.parse, peers)),
@@ -43,15 +34,18 @@ async def main(number: int, peers: list[str]) -> None:
         listen=Address("127.0.0.1", 0),
         stop_within=1.0,
     )
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=number)))
     async with open_node(config) as node, trio.open_nursery() as orders:
-        say = partial(_say, stream, trio.Lock())
-        await say({"address": str(node.address), "pid": os.getpid()})
-        async for line in lines(stream):
-            orders.start_soon(_obey, node, json.loads(line), say)
+        _say({"address": str(node.address)})
+        async for order in _orders():
+            orders.start_soon(_obey, node, order)
 
 
-async def _obey(node: Node, order: dict[str, Any], say: Say) -> None:
+async def _orders() -> AsyncIterator[dict[str, Any]]:
+    async for line in lines(trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))):
+        yield json.loads(line)
+
+
+async def _obey(node: Node, order: dict[str, Any]) -> None:
     answer: dict[str, Any] = {"id": order["id"]}
     try:
         if "store" in order:
@@ -61,12 +55,12 @@ async def _obey(node: Node, order: dict[str, Any], say: Say) -> None:
             answer["value"] = found and "".join(found.body.options.values())
     except P2PMoEError as error:
         answer["error"] = str(error)
-    await say(answer)
+    _say(answer)
 
 
-async def _say(stream: trio.SocketStream, sending: trio.Lock, answer: dict[str, Any]) -> None:
-    async with sending:
-        await stream.send_all(json.dumps(answer).encode() + b"\n")
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 def _sealing(node: Node) -> dict[str, Any]:
@@ -90,19 +84,5 @@ def _manifest(order: dict[str, Any]) -> Manifest:
     )
 
 
-def fork_peers(sockets: list[int]) -> None:
-    """A peer for each line on stdin; the sockets of the others are closed in it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-    for line in sys.stdin:
-        number, *peers = line.split()
-        if not os.fork():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for other in sockets:
-                if other != int(number):
-                    os.close(other)
-            trio.run(main, int(number), peers)
-            break
-
-
 if __name__ == "__main__":
-    fork_peers([int(number) for number in sys.argv[1:]])
+    trio.run(main, sys.argv[1:])

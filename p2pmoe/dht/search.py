@@ -326,7 +326,7 @@ class Searches:
         """Tell who lacks what others named, without waiting for it; ourselves too."""
         now, key = trio.current_time(), search.target
         for peer in lacking(kind, key, found, now):
-            if search.known and peer not in search.due:
+            if search.known and not search.patient and peer not in search.due:
                 continue
             told = (peer, key)
             if peer == self._place.own:

@@ -245,3 +245,14 @@ def test_the_limits_of_networks_are_those_of_the_table() -> None:
     assert one.dialled(BOB.peer_id, 0.0) == Crowded()
     assert one.dialled(EVE.peer_id, 0.0) == Inserted()
     assert one.was_dialled(BOB.peer_id)  # it is there, but in no answer of ours
+
+
+def test_whom_this_peer_or_the_membership_has_reached_is_met_until_it_fails() -> None:
+    one = contacts()
+    one.learn(card(ANN, "10.0.0.1:1"))
+    one.alive(card(BOB, "10.0.0.2:1"))
+    assert one.met() == [BOB.peer_id]
+    one.dialled(ANN.peer_id, 0.0)
+    assert set(one.met()) == {ANN.peer_id, BOB.peer_id}
+    one.failed(BOB.peer_id, 0.0)
+    assert one.met() == [ANN.peer_id]
