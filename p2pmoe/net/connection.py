@@ -308,8 +308,8 @@ class Connection:
                     self._running[effect.id] = scope
                     calls.start_soon(self._answer, IncomingCall(self, effect), effect.id, scope)
                 case CallCancelled():
-                    if (scope := self._running.get(effect.id)) is not None:  # else it ends
-                        scope.cancel()
+                    if effect.id in self._running:  # else it ends by itself
+                        self._running[effect.id].cancel()
                 case PartArrived():
                     self._asked[effect.id].arrived(effect.part)
                 case _:
