@@ -10,6 +10,7 @@ searched for in a whole region. Holders that lack what others named are told so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,6 +47,7 @@ SEARCH_LIMIT = 10.0  # seconds for a whole search; then what is known must do; a
 MOST_PAGES = 8  # of one holder's dictionaries under one prefix; a guess
 ONE_PATH_BELOW = 32  # contacts; with fewer, two paths ask everybody and are no surer; a guess
 MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
+SPARING = 0.25  # seconds in which a read asks no more than it needs; a guess
 KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a guess
 HOSTILE_PATHS = 4  # in hostile mode; S/Kademlia
 MEND_PAUSE = 5.0  # seconds in which one holder is told once that it lacks something; a guess
@@ -91,6 +93,7 @@ class _Search:
     answers: dict[PeerId, Answer]
     patient: bool = True
     known: tuple[PeerId, ...] = ()  # the closest, where it began at them
+    sparing_until: float = -math.inf  # it asks no more than it needs
     due: frozenset[PeerId] = frozenset()  # who should have the records, slow or not
 
 
@@ -179,6 +182,7 @@ class Searches:
         seeds, params = self.closest_known(target), self._width(careful=careful)
         search.known = tuple(seeds)
         if seeds:
+            search.sparing_until = began + SPARING
             params = replace(params, paths=1)
         else:
             seeds = table.closest(target, self.k, self.usable)
@@ -245,7 +249,10 @@ class Searches:
                         questions.start_soon(self._ask, search, peer, came_send)
                     else:
                         came_send.send_nowait((peer, None))
-                with trio.move_on_at(lookup.next_deadline(now)):
+                deadline = lookup.next_deadline(now)
+                if now < search.sparing_until:
+                    deadline = min(deadline, search.sparing_until)
+                with trio.move_on_at(deadline):
                     peer, answer = await came.receive()
                     if answer is None:
                         lookup.failed(peer)
@@ -305,7 +312,7 @@ class Searches:
 
     def _most(self, lookup: Lookup, search: _Search, now: float) -> int:
         """How many questions may be on their way; 0 for as many as ever."""
-        if search.patient or not search.known:
+        if search.patient or now >= search.sparing_until:
             return 0
         answers, asked = self._of_holders(search, lookup.closest(self.k, now))
         return left_to_hear(search.enough, answers, asked)
