@@ -1,5 +1,6 @@
 """How Sphinx builds these pages: `nox -s docs`, where a warning is an error."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -43,10 +44,23 @@ def guesses() -> str:
     return "\n".join(rows)
 
 
+def house_map() -> str:
+    """A table of the files with the first line of each, which says what it is."""
+    package = ROOT / "p2pmoe"
+    files = {path: path.read_text() for path in sorted(package.rglob("*.py"))}
+    rows = [
+        f"| `{path.relative_to(package)}` | {said.splitlines()[0]} |"
+        for path, text in files.items()
+        if (said := ast.get_docstring(ast.parse(text)))
+    ]
+    return "\n".join(["| file | what it is |", "| --- | --- |", *rows])
+
+
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Put the table where a page asks for it."""
+    """Put the tables where a page asks for them."""
     del app, docname
     source[0] = source[0].replace("<!-- guesses -->", guesses())
+    source[0] = source[0].replace("<!-- map -->", house_map())
 
 
 def setup(app: Sphinx) -> None:

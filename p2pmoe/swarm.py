@@ -124,7 +124,7 @@ class Bridge:
         try:
             self._soon(self._submit, job)
             job.wait(seconds + SLACK)
-        except BaseException:
+        except BaseException:  # an interrupt, too: nobody waits for the call any more
             with contextlib.suppress(NodeClosed):
                 self._soon(job.scope.cancel)
             raise
@@ -250,7 +250,7 @@ class Swarm:
             self._parts[key] = part = make(self.node)
             try:
                 await self.node.start(part.run)
-            except BaseException:
+            except BaseException:  # cancelled, too: the next who asks begins anew
                 del self._parts[key]
                 raise
         return self._parts[key]
@@ -293,7 +293,7 @@ def start_swarm(open_it: Opening) -> Swarm:
     try:
         _wait(opened, math.inf)
         return Swarm(opened.result(), bridge, thread)
-    except BaseException:
+    except BaseException:  # an interrupt, too: the thread must not stay
         _stop(bridge, thread, os.getpid())
         raise
 

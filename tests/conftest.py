@@ -8,6 +8,7 @@ Each test begins with the same seed, so it does not matter which came before it,
 of `pytest -n 2` it runs. Real processes take turns: what starts any goes to one worker.
 """
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,12 @@ PROCESSES = {"scenarios", "bench"}  # folders of tests that start any
 settings.register_profile("default", derandomize=True, deadline=None, database=None)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of xdist ignore Ctrl-C, and so would the processes that tests start there."""
+    if hasattr(config, "workerinput"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -59,7 +59,7 @@ def measure(seconds: float) -> dict[str, float]:
     found["start"] = took / weighed["first_forward_s"]
     found["memory of a server"] = mib / weighed["idle_server"]["total"]["pss_mib"]
     found["memory of a peer"] = mib / weighed["idle_dht_peer"]["total"]["pss_mib"]
-    return {name: round(ratio, 4) for name, ratio in found.items()}
+    return {name: float(f"{ratio:.4g}") for name, ratio in found.items()}
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:

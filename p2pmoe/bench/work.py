@@ -123,7 +123,7 @@ async def lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
 
 def memory_of(pid: int) -> Metrics:
     """Resident and proportional memory of a process and its children, MiB (Linux)."""
-    pids = _with_children(pid)
+    pids = with_children(pid)
     resident = proportional = 0
     for each in pids:
         lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
@@ -143,7 +143,8 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _with_children(pid: int) -> list[int]:
+def with_children(pid: int) -> list[int]:
+    """A process and all its descendants, those nearest to it first (Linux)."""
     found = [pid]
     for each in found:
         for task in Path(f"/proc/{each}/task").iterdir():

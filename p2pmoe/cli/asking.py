@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import trio
 
-from p2pmoe.errors import CallTimeout, PeerUnreachable
+from p2pmoe.errors import CallTimeout, MalformedMessage, PeerUnreachable
 from p2pmoe.net.pool import Pool
 from p2pmoe.wire import schema
 from p2pmoe.wire.address import Address
@@ -21,6 +21,8 @@ from p2pmoe.wire.status import (
     StatusRequest,
 )
 
+MOST_ROWS = 16_384  # of members that a peer may name; a guess, twice as many as a node keeps
+
 
 async def ask_status(pool: Pool, address: Address) -> NodeStatus:
     """What the node at an address says of itself."""
@@ -30,15 +32,19 @@ async def ask_status(pool: Pool, address: Address) -> NodeStatus:
 
 
 async def ask_members(pool: Pool, contact: Contact) -> list[MemberRow]:
-    """All members, as a node sees them, in the order of their ids."""
+    """All members, as a node sees them, in the order of their ids.
+
+    Raises as `Pool.call`, and `MalformedMessage` when there are more than a node can have.
+    """
     rows: list[MemberRow] = []
-    while True:
+    while len(rows) < MOST_ROWS:
         after = rows[-1].peer if rows else b""
         part = await pool.call(contact, MEMBERS, schema.encode(MembersRequest(after=after)))
         reply = schema.decode(part.body, MembersReply)
         rows += reply.members
         if not reply.more or not reply.members:
             return rows
+    raise MalformedMessage("members.many", f"{len(rows)} members, and there are more")
 
 
 async def reach(pool: Pool, address: Address) -> Contact:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2pmoe.dht.routing import Insertion, Networks, RoutingParams, RoutingTable
@@ -157,6 +158,14 @@ class Contacts:
         """Whether others should be asked first."""
         known = self._known.get(peer)
         return known is not None and known.suspected
+
+    def strays(self, connected: Callable[[PeerId], bool], now: float) -> list[PeerId]:
+        """Those that are connected and do not count as there, and may be: they were late once."""
+        return [
+            peer
+            for peer, known in self._known.items()
+            if not known.dialled and now >= known.avoided_until and connected(peer)
+        ]
 
     def sample(self, count: int, rng: random.Random) -> list[PeerId]:
         """Some of those that are known, each as likely as the others."""

@@ -18,7 +18,7 @@ from p2pmoe.errors import NodeClosed, P2PMoEError, PeerBusy
 T = TypeVar("T")
 MOST_WAITING = 1024  # jobs that are handed over and not begun; a guess
 
-Job = Callable[[], Awaitable[None]]
+Job = Callable[[], Awaitable[object]]
 Abandon = Callable[[], None]
 
 

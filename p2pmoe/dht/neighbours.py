@@ -2,8 +2,9 @@
 
 A peer enters the table when a connection that we began has reached it, and leaves it at once when
 its address refuses. Who connects to us is dialled back at the addresses of its own record, so that
-both sides of a swarm of two know each other. A node that has lost everybody dials those that it
-knew before.
+both sides of a swarm of two know each other. A peer that was late once, while its connection
+stayed, is asked again: nothing else would bring it back. A node that has lost everybody dials those
+that it knew before.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from p2pmoe.wire.peer_record import PeerRecord
 LOOK_AFTER = 10.0  # seconds between looks for buckets to refresh and peers to find again; a guess
 DIAL_LIMIT = 3.0  # seconds for dialling back, all addresses of a peer together; as for a question
 DIALS_BACK = 8  # at once; a guess
+STRAYS = 8  # connected peers without a place that are asked at one look; a guess
 FIND_AGAIN = 8  # peers that a node dials when it has lost everybody; a guess
 
 
@@ -81,6 +83,8 @@ class Neighbours:
             async with trio.open_nursery() as asks:
                 for peer in table.to_check(now):
                     asks.start_soon(self._ping, peer)
+                for peer in self._parts.contacts.strays(self._parts.pool.connected, now)[:STRAYS]:
+                    asks.start_soon(self.dial_back, peer)
                 for place in places:
                     asks.start_soon(self._look_up, place)
 
@@ -107,9 +111,20 @@ class Neighbours:
         return len(self._parts.contacts)
 
     async def dial_back(self, peer: PeerId) -> bool:
-        """Whether this peer answers at the addresses of its own record; shared, bounded."""
-        if self._parts.contacts.was_dialled(peer):
+        """Whether this peer answers at the addresses of its own record; shared, bounded.
+
+        A connection that we began there is as good as a dial if it carries an answer. So of two
+        that are connected one alone dials: if both did, each would find two connections too many.
+        """
+        contacts = self._parts.contacts
+        if contacts.was_dialled(peer):
             return True
+        contact = contacts.contact(peer)
+        host = None if contact is None else self._parts.pool.reached(contact)
+        if host is not None:
+            if answered := await self._ping(peer):
+                self._reached(peer, host)
+            return answered
         try:
             return await self._dials.share(peer, partial(self._dial, peer))
         except (NodeClosed, PeerBusy):
@@ -161,7 +176,7 @@ class Neighbours:
                 if event.outbound:
                     self._reached(event.peer, event.host)
                 elif self._parts.contacts.contact(event.peer) is not None:
-                    self._later(partial(self._check, event.peer))
+                    self._later(partial(self.dial_back, event.peer))
                 self._parts.changed(event.peer, Sign.CAME)
             case PeerLost(error=None):
                 self._parts.changed(event.peer, Sign.QUIET)
@@ -182,17 +197,16 @@ class Neighbours:
         if isinstance(outcome, PingOldest):
             self._later(partial(self._ping, outcome.oldest))
 
-    async def _check(self, peer: PeerId) -> None:
-        await self.dial_back(peer)
-
-    async def _ping(self, peer: PeerId) -> None:
+    async def _ping(self, peer: PeerId) -> bool:
         """Ask for a sign of life; silence takes the peer out of the table where it is asked."""
         try:
             await self._parts.asks.find(peer, self._own.raw)
         except P2PMoEError as error:
             telemetry.emit("dht.ping.failed", peer=peer, error=error)
+            return False
+        return True
 
-    def _later(self, job: Callable[[], Awaitable[None]]) -> None:
+    def _later(self, job: Callable[[], Awaitable[object]]) -> None:
         """Begin it from a plain function; with too much to do, or at the end, it is left out."""
         try:
             self._parts.jobs.start(job, lambda: None)

@@ -58,8 +58,8 @@ class Copies:
         self._pool, self._contact, self._candidates, self._rng = pool, contact, candidates, rng
 
     def possible(self, grid: bytes) -> set[PeerId]:
-        """Peers that might keep a copy of this grid's experts."""
-        return {candidate.peer for candidate in self._candidates(grid)}
+        """Peers that serve this grid, and so might keep a copy of its experts."""
+        return {candidate.peer for candidate in self._candidates(grid) if candidate.serves}
 
     async def place(
         self, signed: Signed[SnapshotRecord], data: bytes, count: int

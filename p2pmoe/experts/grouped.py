@@ -68,16 +68,24 @@ def member_of(backend: Backend) -> Member | None:
         case nn.Linear() as up, activation, nn.Linear() as down:
             name = _name_of(activation)
             learns = all(one.requires_grad for one in weights)
-            return Member(backend, up, name, down) if name and learns else None
+            plain = type(up) is type(down) is nn.Linear and not _has_hooks(module)
+            return Member(backend, up, name, down) if name and learns and plain else None
     return None
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to be called when it runs: by itself, it is."""
+    return any(
+        each._forward_hooks or each._forward_pre_hooks
+        or each._backward_hooks or each._backward_pre_hooks
+        for each in module.modules()
+    )  # fmt: skip
+
+
 def _name_of(activation: object) -> str:
-    if activation is F.gelu or (
-        isinstance(activation, nn.GELU) and activation.approximate == "none"
-    ):
+    if activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none"):
         return "gelu"
-    return "relu" if activation is F.relu or isinstance(activation, nn.ReLU) else ""
+    return "relu" if activation is F.relu or type(activation) is nn.ReLU else ""
 
 
 @torch.no_grad()
@@ -175,7 +183,11 @@ class _Learnt:
                 grad.mul_(scale_G.view(-1, *[1] * (grad.ndim - 1)))
         for place, norm in enumerate(norms_G):
             at = start + place
-            if at in self.fresh and not self._take(at, min(norm, clip), [g[place] for g in grads]):
+            if at not in self.fresh:
+                continue
+            if not math.isfinite(norm):  # what it was scaled to says nothing
+                return False
+            if not self._take(at, min(norm, clip), [grad[place] for grad in grads]):
                 return False
         return True
 

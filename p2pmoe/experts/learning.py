@@ -1,8 +1,8 @@
 """Optimisers as torch has them, in one call for the weights of many experts.
 
 torch's own classes take one call an expert, and bring its compiler into the process with the first
-of them: 2 s and 100 MB that a server never uses. These call the kernels that those call, so that
-weights and memory are the same, bit for bit.
+of them, 2 s at each start of a server that never uses it. These call the kernels that those call,
+so that weights and memory are the same, bit for bit.
 """
 
 from __future__ import annotations

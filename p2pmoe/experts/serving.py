@@ -116,7 +116,8 @@ async def serve_experts(
     node.serve_grids(tuple(offer.grid.name for offer in offers))  # before others come to join
     leases = _Leases(node)
     service = ExpertService(node.pool.handlers, leases, config.params)
-    await node.start(service.run)
+    left = trio.Event()
+    await node.start(partial(_compute, service, left))
     node.describe("experts", service.section)
     node.describe("clients", service.clients)
     node.describe("device", service.work)
@@ -150,6 +151,7 @@ async def serve_experts(
             leases.ended = True
             node.dht.on_transfer = lambda *_: False
             held = [(one.offer.digest, uid) for one in tenancies for uid in one.held]
+            left.set()
             await _leave(node, service, vault, held, config.leave_within)
 
 
@@ -161,6 +163,22 @@ class _Leases:
 
     def lease_number(self, grid: bytes, uid: str, now: float) -> int | None:
         return None if self.ended else self._node.dht.lease_number(grid, uid, now)
+
+
+async def _compute(
+    service: ExpertService,
+    left: trio.Event,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Compute until the server has left, and then what was asked of it before."""
+    async with trio.open_nursery() as computing:
+        await computing.start(service.run)
+        task_status.started()
+        await left.wait()
+        while not service.idle:  # noqa: ASYNC110  the compute thread wakes nobody
+            await trio.sleep(SETTLE_LOOK)
+        computing.cancel_scope.cancel()
 
 
 async def _watch(

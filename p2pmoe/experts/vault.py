@@ -97,7 +97,7 @@ class Vault:
         return self._node.dht.contact(peer) or next(map(contact_of, known), None)
 
     def _candidates(self, grid: bytes) -> list[Candidate]:
-        """The members that serve experts: only they keep copies."""
+        """All members that are there; one that has just come may not yet be known to serve."""
         name = self._names.get(grid)
         return [
             Candidate(
@@ -106,7 +106,7 @@ class Vault:
                 networks_of(contact_of(member.record)),
             )
             for member in self._node.members()
-            if member.state == "alive" and member.record.body.grids and member.peer != self._node.id
+            if member.state == "alive" and member.peer != self._node.id
         ]
 
     async def _owns(self, peer: PeerId, record: SnapshotRecord) -> bool:

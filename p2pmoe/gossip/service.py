@@ -248,7 +248,7 @@ class GossipService:
             while more:
                 async with self._turn:
                     more = opening.step()
-        except BaseException:
+        except BaseException:  # malformed or cancelled: it waits no more
             self._waiting -= 1
             raise
         self._step(partial(self._received, call.peer, opening.message))

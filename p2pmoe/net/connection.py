@@ -45,6 +45,7 @@ from p2pmoe.net.messages import MAX_DETAIL, MAX_PAYLOAD_BYTES, Goodbye, Refuse
 from p2pmoe.net.outbox import Buffer, OutFrame
 from p2pmoe.net.quota import PeerQuota
 from p2pmoe.wire import schema
+from p2pmoe.wire.address import Address
 from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.framing import BULK_LIMITS, CONTROL_LIMITS
 from p2pmoe.wire.peer_record import PeerRecord
@@ -124,14 +125,14 @@ class Connection:
         return self._core.unsent_bytes
 
     @property
-    def host(self) -> str:
-        """Where the other side is, without its port."""
-        return self._frames.channel.remote.host
+    def remote(self) -> Address:
+        """Where the other side is: the address dialled, or the one that it came from."""
+        return self._frames.channel.remote
 
     @property
     def address(self) -> str:
         """Where the other side is, for people."""
-        return str(self._frames.channel.remote)
+        return str(self.remote)
 
     # -------------------------------------------------------------- commands
     def ask(

@@ -61,7 +61,7 @@ async def dial_any(
     race = _Race(transport, expect)
     try:
         await race.run(addresses)
-    except BaseException:
+    except BaseException:  # cancelled after somebody won: nobody will use that channel
         if race.won is not None:
             await trio.aclose_forcefully(race.won.stream)
         raise

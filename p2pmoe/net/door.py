@@ -44,10 +44,10 @@ class Door:
             account = self._quota.connect(channel.peer, bulk=dial.bulk, now=trio.current_time())
             try:
                 frames, greeted = await self._greeter.dial(channel, bulk=dial.bulk)
-            except BaseException:
+            except BaseException:  # cancelled, too: the seat must be free again
                 self._quota.disconnect(account, bulk=dial.bulk)
                 raise
-        except BaseException:
+        except BaseException:  # cancelled, too: nobody else owns the channel
             await trio.aclose_forcefully(channel.stream)
             raise
         terms = Terms(frames, greeted, dial.bulk, outbound=True)
@@ -75,7 +75,7 @@ class Door:
 
         try:
             frames, greeted = await self._greeter.accept(channel, admit)
-        except BaseException:
+        except BaseException:  # cancelled, too: seat and channel have no other owner
             for account, bulk in seats:
                 self._quota.disconnect(account, bulk=bulk, came_from=channel.remote.host)
             await trio.aclose_forcefully(channel.stream)
@@ -86,5 +86,5 @@ class Door:
 
     def leave(self, connection: Connection) -> None:
         """The connection has ended: its seat is free."""
-        host = None if connection.outbound else connection.host
+        host = None if connection.outbound else connection.remote.host
         self._quota.disconnect(connection.account, bulk=connection.bulk, came_from=host)

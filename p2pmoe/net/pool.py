@@ -163,6 +163,17 @@ class Pool:
             return True
         return not links.backoff.wait(trio.current_time())
 
+    def connected(self, peer: PeerId) -> bool:
+        """Whether a connection to this peer is open, whoever dialled."""
+        return any(each.open for each in self._connections(peer))
+
+    def reached(self, to: Contact) -> str | None:
+        """The number of the machine to which one of these addresses led, on an open connection."""
+        where = {(address.host, address.port) for address in to.addresses}
+        ours = (each for each in self._connections(to.peer) if each.open and each.outbound)
+        led = (each for each in ours if (each.remote.host, each.remote.port) in where)
+        return next((each.greeted.host for each in led), None)
+
     def forget(self, peer: PeerId) -> None:
         """Drop the peer's connections now; its calls in flight are lost."""
         for connection in list(self._connections(peer)):

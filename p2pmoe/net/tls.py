@@ -181,7 +181,7 @@ class Tls:
             )
             await self._shake_hands(secured, remote)
             return self._examine(secured, remote, expect)
-        except BaseException:
+        except BaseException:  # cancelled, too: nobody else owns the stream
             await trio.aclose_forcefully(stream)
             raise
 

@@ -138,7 +138,7 @@ def open_servers(say: Callable[[str], None]) -> Iterator[Servers]:
     servers = Servers(Path(tempfile.mkdtemp(prefix="p2pmoe-servers-")))
     try:
         yield servers
-    except Exception:
+    except Exception:  # whatever failed in the block: the logs say more
         for line in servers.tails():
             say(line)
         raise

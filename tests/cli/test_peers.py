@@ -9,13 +9,18 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from p2pmoe.cli import app
+from p2pmoe.cli import app, asking
 from p2pmoe.cli.asking import ask_members, first_that_answers
 from p2pmoe.cli.peers import facts_of, table_of
+from p2pmoe.errors import MalformedMessage
+from p2pmoe.identity import PeerId
+from p2pmoe.net.pool import Part
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.swarm import start_swarm
+from p2pmoe.wire import schema
 from p2pmoe.wire.address import Address
-from p2pmoe.wire.status import MemberRow
+from p2pmoe.wire.peer_record import Contact
+from p2pmoe.wire.status import MemberRow, MembersReply
 
 LOOPBACK = Address("127.0.0.1", 0)
 
@@ -103,3 +108,20 @@ async def test_a_node_lists_itself_and_the_first_address_that_answers_is_asked()
         [own] = await ask_members(client.pool, contact)
         assert (own.peer, own.state) == (node.id.raw, "self")
         assert own.addresses == (str(node.address),)
+
+
+async def test_a_node_that_never_comes_to_an_end_of_its_members_is_not_heard_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+    endless = schema.encode(MembersReply(members=(row(1, "alive"),) * 60, more=True))
+
+    class Liar:
+        async def call(self, *request: object) -> Part:
+            asked.append(request)
+            return Part(endless, memoryview(b""))
+
+    monkeypatch.setattr(asking, "MOST_ROWS", 600)
+    with pytest.raises(MalformedMessage, match=r"members.many: 600 members"):
+        await ask_members(Liar(), Contact(PeerId(bytes(32)), ()))  # type: ignore[arg-type]  # as much as it needs
+    assert len(asked) == 10

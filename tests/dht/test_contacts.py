@@ -256,3 +256,16 @@ def test_whom_this_peer_or_the_membership_has_reached_is_met_until_it_fails() ->
     assert set(one.met()) == {ANN.peer_id, BOB.peer_id}
     one.failed(BOB.peer_id, 0.0)
     assert one.met() == [ANN.peer_id]
+
+
+def test_who_is_connected_and_was_late_is_a_stray_when_it_may_be_asked_again() -> None:
+    known = contacts(most_known=3)
+    connected = {ANN.peer_id, BOB.peer_id}.__contains__
+    for keys in (ANN, BOB, EVE):
+        known.learn(card(keys, f"h{keys.peer_id.short}:1"))
+        known.dialled(keys.peer_id, 0.0)
+    assert known.strays(connected, 1.0) == []
+    known.failed(ANN.peer_id, 1.0)
+    known.failed(EVE.peer_id, 1.0)
+    assert known.strays(connected, 10.9) == []
+    assert known.strays(connected, 11.0) == [ANN.peer_id]

@@ -11,7 +11,7 @@ from p2pmoe.errors import (
 )
 from p2pmoe.net.pool import PeerConnected
 from p2pmoe.wire.address import Address
-from tests.dht.peers import UID, Peer, owner_of, swarm, town
+from tests.dht.peers import UID, Peer, Town, owner_of, swarm, town
 from tests.dht.swarm_of_ids import GRID, PEOPLE, card, manifest, place
 
 
@@ -140,3 +140,58 @@ async def test_a_node_that_is_closed_says_so_and_dials_nobody_back(autojump_cloc
         one.pool.observers[0](PeerConnected(two.id, None, outbound=False))
         one.pool.observers[0](PeerConnected(two.id, card(two.keys, "h2:4747"), outbound=False))
         await one.dht._neighbours._look_up(place(1))
+
+
+async def all_in_doubt(here: Town, peers: list[Peer], *groups: list[Peer]) -> None:
+    """Part these for a while, in which each asks all in vain; no connection breaks of that."""
+    here.network.partition(*([peer.host for peer in group] for group in groups))
+    async with trio.open_nursery() as asks:
+        for peer in peers:
+            for other in peers:
+                if other is not peer:
+                    asks.start_soon(peer.dht.probe, other.id)
+    here.network.heal()
+
+
+def tables(peers: list[Peer]) -> list[int]:
+    return [len(peer.dht._contacts.table) for peer in peers]
+
+
+async def test_two_peers_that_dial_each_other_at_once_beside_a_connection_find_each_other(
+    autojump_clock,
+) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(60)  # of the connections whose dials crossed one is left
+        await all_in_doubt(here, [one, two], [one])
+        assert tables([one, two]) == [0, 0]
+        async with trio.open_nursery() as looks:
+            for peer in (one, two):
+                looks.start_soon(peer.dht._neighbours._find_again)
+        await trio.sleep(60)
+        assert tables([one, two]) == [1, 1]
+
+
+async def test_two_halves_that_were_apart_for_seconds_are_one_swarm_again(autojump_clock) -> None:
+    async with town() as here:
+        peers = await swarm(here, 4)
+        await trio.sleep(60)
+        assert tables(peers) == [3, 3, 3, 3]
+        await all_in_doubt(here, peers, peers[:2])
+        assert tables(peers) == [1, 1, 1, 1]
+        await trio.sleep(60)
+        assert tables(peers) == [3, 3, 3, 3]
+
+
+async def test_a_peer_that_moved_is_not_there_because_of_a_connection_to_where_it_was(
+    autojump_clock,
+) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(60)
+        moved = card(two.keys, "h9:4747", incarnation=2)
+        one.dht.member_alive(moved)
+        await trio.sleep(60)
+        assert one.pool.connected(two.id)
+        assert not one.dht._contacts.was_dialled(two.id)
+        assert two.id not in one.dht._contacts.table

@@ -51,6 +51,19 @@ def sequence(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 4))
 
 
+class Doubled(nn.Linear):
+    """A linear map that is none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked() -> nn.Module:
+    module = FeedForward(4, 8)
+    module.up.register_forward_hook(lambda *_: None)
+    return module
+
+
 ROWS: Rows = [(0, 3), (1, 1), (2, 5), (2, 2), (3, 4)]
 MODULES = {
     "ours": lambda: FeedForward(4, 8),
@@ -131,6 +144,23 @@ def test_what_is_not_finite_is_left_to_each_by_itself(spoilt: str) -> None:
     assert isinstance(members[1].backend.backward([bad], 0.0)[0], NonFiniteError)
 
 
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize(("inputs", "grads"), [(1e20, 1e25), (1.0, 1e30), (1e30, 1.0)])
+def test_a_gradient_too_long_to_be_measured_is_learnt_by_nobody(
+    inputs: float, grads: float, clip: float | None
+) -> None:
+    members = experts(2, clip_grad_norm=clip)
+    good = updates([(0, 1)])[0]
+    bad = Update(
+        inputs=[torch.full((1, 4), inputs)], grads=[torch.full((1, 4), grads)], key=("b", b"1")
+    )
+    assert grouped.backward(members, [good, bad], 0.0) is None
+    assert isinstance(members[1].backend.backward([bad], 0.0)[0], NonFiniteError)
+    for one in members:
+        assert all(weight.isfinite().all() for weight in one.backend.module.parameters())
+        assert one.backend.step == 0
+
+
 def test_an_output_that_is_not_finite_is_left_to_each_by_itself() -> None:
     members = experts(2)
     rows = [[torch.full((1, 4), 3e38)], [torch.ones(1, 4)]]
@@ -148,6 +178,11 @@ def test_an_output_that_is_not_finite_is_left_to_each_by_itself() -> None:
         nn.Sequential(nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 4)),
         sequence(nn.GELU()).requires_grad_(False),
         FeedForward(1024),
+        nn.Sequential(Doubled(4, 8), nn.GELU(), nn.Linear(8, 4)),
+        hooked(),
+        nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.GELU(), nn.Linear(8, 4)
+        ),
     ],
 )
 def test_other_experts_are_computed_by_themselves(module: nn.Module) -> None:

@@ -175,3 +175,41 @@ async def test_a_lease_goes_to_whoever_has_most_room_and_takes_it(
     free = {name: room for name, room in (("one", 2), ("two", 5), ("none", 0)) if name in takes}
     await serving._hand_over(heirs, bytes(32), "ffn.0.0", free)  # type: ignore[arg-type]  # as much as it needs
     assert heirs.asked == asked
+
+
+async def test_a_node_that_serves_no_longer_has_no_task_of_it(
+    autojump_clock: MockClock, world: World
+) -> None:
+    def tasks() -> int:
+        return trio.lowlevel.current_statistics().tasks_living
+
+    async with world.node(1) as node:
+        at_first = tasks()
+        for number in range(2):
+            async with serve_experts(node, replace(FIRST, create=not number), world.dice):
+                assert tasks() > at_first
+            await trio.sleep(1)
+            assert tasks() == at_first
+
+
+async def test_what_was_asked_before_a_server_left_is_computed(autojump_clock: MockClock) -> None:
+    class Service:
+        idle, computing = True, False
+
+        async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+            self.computing = True
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self.computing = False
+
+    service, left, seen = Service(), trio.Event(), list[bool]()
+    async with trio.open_nursery() as parts:
+        await parts.start(serving._compute, service, left)
+        for service.idle, leaves in ((True, False), (False, True), (True, True)):
+            if leaves:
+                left.set()
+            await trio.sleep(1)
+            seen.append(service.computing)
+    assert seen == [True, True, False]

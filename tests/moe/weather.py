@@ -175,9 +175,9 @@ class World:
         return living - TASKS_A_CONNECTION * len(self.network._connections)
 
     async def settle(self, within: float, why: str = "") -> None:
-        """Wait until nothing is left of what was, and experts can be asked; or fail."""
+        """Wait until nothing is left of what was, and every expert can be asked; or fail."""
         with trio.move_on_after(within):
-            while not (self.quiet() and self.view.uids):
+            while not (self.quiet() and len(self.view) == GRID.size):
                 await trio.sleep(0.25)
             return
         raise AssertionError(
