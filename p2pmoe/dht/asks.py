@@ -116,19 +116,21 @@ class Asks:
         """What the peer holds under a key, and who is closer to it; raises as `find`."""
         return await self._gets.ask(peer, question)
 
-    async def put(
-        self,
-        peer: PeerId,
-        record: Signed[Any],
-        transfer: Signed[Transfer] | None = None,
-        holders: Iterable[PeerId] = (),
-    ) -> Vote:
-        """What the peer makes of a record; raises as `find`. `transfer` goes with a lease.
+    def begin_get(self, peer: PeerId, question: Question) -> Promise[Answer]:
+        """As `get`, to wait for later."""
+        return self._gets.begin(peer, question)
 
-        Who is told to which `holders` the record goes names those that are closer.
-        """
-        named = tuple(holder.raw[:NAME_BYTES] for holder in holders)
-        return await self._puts.ask(peer, _Handed(record, transfer, named))
+    async def put(
+        self, peer: PeerId, record: Signed[Any], transfer: Signed[Transfer] | None = None
+    ) -> Vote:
+        """What the peer makes of a record; raises as `find`. `transfer` goes with a lease."""
+        return await self._puts.ask(peer, _Handed(record, transfer))
+
+    def begin_put(
+        self, peer: PeerId, record: Signed[Any], holders: tuple[bytes, ...]
+    ) -> Promise[Vote]:
+        """As `put`, to wait for later. Who is told of the `holders` names those that are closer."""
+        return self._puts.begin(peer, _Handed(record, None, holders))
 
     async def mend(self, peer: PeerId, kind: Kind, key: bytes) -> None:
         """Tell the peer that others hold more under a key; raises as `find`."""
@@ -171,17 +173,15 @@ class Asks:
         if contact is None:
             raise PeerUnreachable(f"no address of peer {peer} is known", peer=peer.hex)
         deadline = trio.current_time() + limit
-        try:
-            with trio.fail_at(deadline):
-                part = await self._pool.call(contact, method, schema.encode(request))
-        except trio.TooSlowError:
-            late = trio.current_time() - deadline
-            if late > STALLED:  # who knows whether the answer waits here
-                raise PeerBusy(f"this peer was stalled for {late:.1f} s") from None
-            raise CallTimeout(f"peer {peer} did not answer {method}", peer=peer.hex) from None
-        telemetry.count("p2pmoe_dht_requests_total", op=method, result="ok")
-        self._contacts.table.seen(peer, trio.current_time())
-        return schema.decode(part.body, reply)
+        with trio.move_on_at(deadline):
+            part = await self._pool.call(contact, method, schema.encode(request))
+            telemetry.count("p2pmoe_dht_requests_total", op=method, result="ok")
+            self._contacts.table.seen(peer, trio.current_time())
+            return schema.decode(part.body, reply)
+        late = trio.current_time() - deadline
+        if late > STALLED:  # who knows whether the answer waits here
+            raise PeerBusy(f"this peer was stalled for {late:.1f} s")
+        raise CallTimeout(f"peer {peer} did not answer {method}", peer=peer.hex)
 
     def _failed(self, peer: PeerId, error: P2PMoEError) -> None:
         telemetry.count("p2pmoe_dht_requests_total", op="any", result=error.code)
@@ -285,20 +285,21 @@ class _Line(Generic[Q, A]):
         self._waiting: dict[PeerId, list[tuple[Q, Promise[A]]]] = {}  # until they are sent
 
     async def ask(self, peer: PeerId, question: Q) -> A:
-        promise = Promise[A]()
+        return await self.begin(peer, question).wait()
+
+    def begin(self, peer: PeerId, question: Q) -> Promise[A]:
+        promise: Promise[A] = Promise()
         waiting = self._waiting.get(peer)
         if waiting is not None:
             waiting.append((question, promise))
         else:
             self._jobs.start(partial(self._flush, peer), partial(self._abandon, peer))
             self._waiting[peer] = [(question, promise)]
-        return await promise.wait()
+        return promise
 
     async def _flush(self, peer: PeerId) -> None:
-        waiting = rest = self._waiting[peer]  # it grows until the first call is made
+        waiting = rest = self._waiting.pop(peer)  # all that came up by the same news
         try:
-            await trio.lowlevel.checkpoint()  # others come up by the same news
-            del self._waiting[peer]
             while rest:
                 batch = rest[: self._fitting(rest)]
                 answers = await self._send(peer, [question for question, _ in batch])
@@ -309,8 +310,6 @@ class _Line(Generic[Q, A]):
             self._failed(peer, error)
             _fail(waiting, error)
         finally:
-            if self._waiting.get(peer) is waiting:
-                del self._waiting[peer]
             _fail(waiting, NodeClosed("the node was closed"))
 
     def _abandon(self, peer: PeerId) -> None:

@@ -133,21 +133,20 @@ class Lookup:
         for at, seed in enumerate(nearest):
             self._paths[at % len(self._paths)].learn(seed, 1, params.most_known)
 
-    def wanted(self, now: float, front: int = 0, most: int = 0) -> list[PeerId]:
+    def wanted(self, now: float, front: int = 0) -> list[PeerId]:
         """Whom to ask now: none twice, and by a path at most alpha that are not slow yet.
 
         With `front` the closest so many of a path come first: the others are asked only when none
-        of those is left to be heard. Where these may be enough, that saves questions. `most` is
-        how many are on their way at once, where alpha would be more than are needed.
+        of those is left to be heard. Where these may be enough, that saves questions.
         """
         chosen: list[PeerId] = []
-        slow, alpha = self._slow_after(), most or self._params.alpha
+        slow = self._slow_after()
         for path in self._paths:
             quick = sum(now < each.asked_at + slow for each in self._flying(path))
             fresh = self._fresh(path, front or self._params.k)
             if not fresh and not quick:
                 fresh = self._fresh(path, self._params.k)
-            for each in fresh[: max(0, alpha - quick)]:
+            for each in fresh[: max(0, self._params.alpha - quick)]:
                 each.asked_at, each.path, each.state = now, path, _State.FLYING
                 path.asked.append(each)
                 chosen.append(each.peer)

@@ -26,6 +26,8 @@ ANSWER_BYTES = 48 * 1024  # of records and contacts; a control frame has 64 KiB
 CARD_BYTES = 24 * 1024  # of contacts that go with verdicts; at most MAX_CONTACTS of them
 ENTRY_BYTES = 64  # around one record, contact or answer in CBOR; measured, rounded up
 
+_OF_WHOM = {Kind.LEASE, Kind.SNAPSHOT}  # the publisher is called; of a dictionary by its lease
+
 Card = Callable[[PeerId], bytes | None]  # the sealed record of a peer, if one is known
 
 
@@ -75,7 +77,7 @@ class Packer:
         for held in records[:MAX_RECORDS]:
             before = len(self._contacts), self._bytes
             copy = copy_of(held, self._now)
-            if held.signed.kind is not Kind.PREFIX:  # whoever is called has a lease as well
+            if held.signed.kind in _OF_WHOM:
                 self._place(held.signed.signer)
             self._bytes += len(copy.record) + ENTRY_BYTES
             if copies and self._full:

@@ -99,19 +99,13 @@ def all_answered(answers: Sequence[Answer], asked: int) -> bool:
 
 def majority_agrees(answers: Sequence[Answer], asked: int) -> bool:
     """A quorum names the same publisher of a lease, or the same manifest, first."""
-    return _most_agreeing(answers) >= quorum(asked)
-
-
-def _most_agreeing(answers: Sequence[Answer]) -> int:
     named = Counter(_named(answer.records[0].signed) for answer in answers if answer.records)
-    return max(named.values(), default=0)
+    return max(named.values(), default=0) >= quorum(asked)
 
 
-def left_to_hear(enough: Enough, answers: Sequence[Answer], asked: int) -> int:
-    """How many more answers the rule needs if all goes well; 0 where it needs all there are."""
-    if enough is not majority_agrees:
-        return 0
-    return max(1, quorum(asked) - _most_agreeing(answers))
+def needed(enough: Enough, asked: int) -> int:
+    """How many of the r closest are enough by this rule if they agree."""
+    return quorum(asked) if enough is majority_agrees else asked
 
 
 def _named(first: Signed[Any]) -> object:

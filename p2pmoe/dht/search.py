@@ -4,14 +4,13 @@ The cores decide whom to ask and who won; this file asks. A search ends when the
 answered, or earlier, when enough of the r closest that are known agree. Equal searches share one.
 Puts and leases go by two disjoint paths where the swarm is large enough for two, everything by four
 in hostile mode. Whoever knows most peers there are asks the closest at once, without looking for
-them, and no more than are needed. A key with more ids around it than there would be by chance is
+them, and a read no more of them than are needed. A key with more ids around it than there would be by chance is
 searched for in a whole region. Holders that lack what others named are told so afterwards.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -33,7 +32,7 @@ from p2pmoe.dht.reading import (
     all_answered,
     all_reached,
     lacking,
-    left_to_hear,
+    needed,
     never,
     wanted_copies,
 )
@@ -47,7 +46,7 @@ SEARCH_LIMIT = 10.0  # seconds for a whole search; then what is known must do; a
 MOST_PAGES = 8  # of one holder's dictionaries under one prefix; a guess
 ONE_PATH_BELOW = 32  # contacts; with fewer, two paths ask everybody and are no surer; a guess
 MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
-SPARING = 0.25  # seconds in which a read asks no more than it needs; a guess
+SPARING = 0.25  # seconds for which a read waits for those alone that it needs; a guess
 KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a guess
 HOSTILE_PATHS = 4  # in hostile mode; S/Kademlia
 MEND_PAUSE = 5.0  # seconds in which one holder is told once that it lacks something; a guess
@@ -93,8 +92,6 @@ class _Search:
     answers: dict[PeerId, Answer]
     patient: bool = True
     known: tuple[PeerId, ...] = ()  # the closest, where it began at them
-    sparing_until: float = -math.inf  # it asks no more than it needs
-    due: frozenset[PeerId] = frozenset()  # who should have the records, slow or not
 
 
 class Searches:
@@ -150,19 +147,25 @@ class Searches:
         search = _Search(key, ask, never, self._own_answer(question))
         return await self._flights.share(question, partial(self._search, search, careful=True))
 
-    def closest_known(self, key: bytes) -> list[PeerId]:
+    def closest_known(self, key: bytes, *, careful: bool) -> list[PeerId]:
         """The k closest to a key, where this peer knows so many that no search is needed; or none.
 
-        They cannot be hidden from it, as on a path; whom it does not know they name.
+        They cannot be hidden from it, as on a path; whom it does not know they name. What is
+        `careful`, as leases are, wants the number of all peers from several lookups.
         """
         now, met = trio.current_time(), self._contacts.met()
-        few = len(met) < KNOWS_ENOUGH * self.size.about(now)
+        peers = self.size.estimate(now) if careful else self.size.about(now)
+        few = peers is None or len(met) < KNOWS_ENOUGH * peers
         if self._params.hostile or few or len(met) > MOST_SCANNED:
             return []
         near = int.from_bytes(key, "big")
         met.sort(key=lambda peer: peer.number ^ near)
         closest = list(islice(filter(self.usable, met), self.k))
         return [] if self.size.is_crowded(key, closest, now) else closest
+
+    def _is_crowded(self, key: bytes, peers: Iterable[PeerId]) -> bool:
+        closest = holders(key, peers, None, self.k)
+        return self.size.is_crowded(key, closest, trio.current_time())
 
     def usable(self, peer: PeerId) -> bool:
         """Whether a question to this peer may be answered."""
@@ -172,17 +175,58 @@ class Searches:
     # ------------------------------------------------------------------------------- carried out
     async def _read(self, kind: Kind, search: _Search) -> Searched:
         search.answers.update(self._own_answer(Question(kind, search.target)))
-        found = await self._search(search, careful=kind is Kind.LEASE)
-        self._mend(kind, search, found)
+        careful = kind is Kind.LEASE
+        found = None if search.patient else await self._read_at_once(kind, search, careful=careful)
+        found = found or await self._search(search, careful=careful)
+        self._mend(kind, search.target, found)
         return found
+
+    async def _read_at_once(self, kind: Kind, search: _Search, *, careful: bool) -> Searched | None:
+        """What the closest say, of whom no more are asked than are needed as long as they agree.
+
+        Whom they name is asked as well. None where it takes a search: this peer knows too few,
+        somebody is slow or has more than one answer, or ids crowd around the key.
+        """
+        target, began = search.target, self.closest_known(search.target, careful=careful)
+        question = Question(kind, target, known=_names(began))
+        known, failed, heard = set(began), set[PeerId](), dict(search.answers)
+        while known:
+            closest = holders(target, known, self._place.holder)
+            answers = [heard[peer] for peer in closest if peer in heard]
+            having = sum(bool(answer.records) for answer in answers)
+            fresh = [peer for peer in closest if peer not in heard]
+            if search.enough(answers, len(closest)) or not fresh:
+                odd = any(answer.more for answer in answers) or self._is_crowded(target, known)
+                few = failed and len(closest) < MOST_HOLDERS
+                return None if odd or few else Searched(closest, heard)
+            left = max(1, needed(search.enough, len(closest)) - having)
+            came = await self._ask_at_once(fresh[:left], question)
+            if came is None:
+                return None
+            heard |= came
+            failed |= set(fresh[:left]) - came.keys()
+            named = {peer for answer in came.values() for peer in answer.closer}
+            known = (known | set(filter(self.usable, named))) - failed
+        return None
+
+    async def _ask_at_once(
+        self, peers: Sequence[PeerId], question: Question
+    ) -> dict[PeerId, Answer] | None:
+        """What these answer who do not fail; None if one is slow. Nobody has a task of its own."""
+        coming = [(peer, self._asks.begin_get(peer, question)) for peer in peers]
+        with trio.move_on_after(SPARING):
+            for _, answer in coming:
+                await answer.ended()
+            return {peer: answer.value for peer, answer in coming if answer.value is not None}
+        return None
 
     async def _search(self, search: _Search, *, careful: bool) -> Searched:
         table, target = self._contacts.table, search.target
         began = trio.current_time()
-        seeds, params = self.closest_known(target), self._width(careful=careful)
+        seeds = self.closest_known(target, careful=careful)
+        params = self._width(careful=careful)
         search.known = tuple(seeds)
         if seeds:
-            search.sparing_until = began + SPARING
             params = replace(params, paths=1)
         else:
             seeds = table.closest(target, self.k, self.usable)
@@ -205,7 +249,6 @@ class Searches:
             known = lookup.closest(self.k, now) if early else closest
             most = self.k if self._params.hostile else MOST_HOLDERS  # of 5, all lie in one of 32
             found = holders(target, known, self._place.holder, most)
-        search.due = frozenset(holders(target, lookup.closest(self.k), self._place.holder))
         now = trio.current_time()
         if lookup.done or not search.known:
             table.looked_up(target, now)
@@ -244,15 +287,12 @@ class Searches:
             while not lookup.done and not self._settled(lookup, search):
                 now = trio.current_time()
                 front = 0 if search.patient else MOST_HOLDERS
-                for peer in lookup.wanted(now, front, self._most(lookup, search, now)):
+                for peer in lookup.wanted(now, front):
                     if self.usable(peer):
                         questions.start_soon(self._ask, search, peer, came_send)
                     else:
                         came_send.send_nowait((peer, None))
-                deadline = lookup.next_deadline(now)
-                if now < search.sparing_until:
-                    deadline = min(deadline, search.sparing_until)
-                with trio.move_on_at(deadline):
+                with trio.move_on_at(lookup.next_deadline(now)):
                     peer, answer = await came.receive()
                     if answer is None:
                         lookup.failed(peer)
@@ -279,14 +319,14 @@ class Searches:
     async def _get_pages(
         self, peer: PeerId, known: tuple[PeerId, ...], question: Question
     ) -> Answer:
-        names = tuple(each.raw[:NAME_BYTES] for each in known)
-        first = page = await self._asks.get(peer, replace(question, known=names))
+        question = replace(question, known=_names(known))
+        first = page = await self._asks.get(peer, question)
         records = list(page.records)
         for _ in range(MOST_PAGES):
             if not (page.more and page.records and question.kind is Kind.PREFIX):
                 break
             after = page.records[-1].signed.signer.raw
-            page = await self._asks.get(peer, replace(question, after=after, known=names))
+            page = await self._asks.get(peer, replace(question, after=after))
             records += page.records
         return Answer(first.closer, tuple(records), first.number)
 
@@ -301,21 +341,10 @@ class Searches:
         if search.enough in _BY_ALL and not lookup.has_converged(MOST_HOLDERS):
             return False
         known = lookup.closest(self.k, now)
-        answers, asked = self._of_holders(search, known)
-        crowded = self.size.is_crowded(search.target, known, now)
-        return search.enough(answers, asked) and not crowded
-
-    def _of_holders(self, search: _Search, known: Iterable[PeerId]) -> tuple[list[Answer], int]:
-        """What the r closest have answered, and r."""
         closest = holders(search.target, known, self._place.holder)
-        return [search.answers[peer] for peer in closest if peer in search.answers], len(closest)
-
-    def _most(self, lookup: Lookup, search: _Search, now: float) -> int:
-        """How many questions may be on their way; 0 for as many as ever."""
-        if search.patient or now >= search.sparing_until:
-            return 0
-        answers, asked = self._of_holders(search, lookup.closest(self.k, now))
-        return left_to_hear(search.enough, answers, asked)
+        answers = [search.answers[peer] for peer in closest if peer in search.answers]
+        crowded = self.size.is_crowded(search.target, known, now)
+        return search.enough(answers, len(closest)) and not crowded
 
     def _own_answer(self, question: Question) -> dict[PeerId, Answer]:
         """A holder asks itself without a call."""
@@ -329,12 +358,10 @@ class Searches:
         return {self._place.own: Answer((), copies, self._store.number(question.key))}
 
     # ------------------------------------------------------------------------------- read repair
-    def _mend(self, kind: Kind, search: _Search, found: Searched) -> None:
+    def _mend(self, kind: Kind, key: bytes, found: Searched) -> None:
         """Tell who lacks what others named, without waiting for it; ourselves too."""
-        now, key = trio.current_time(), search.target
+        now = trio.current_time()
         for peer in lacking(kind, key, found, now):
-            if search.known and not search.patient and peer not in search.due:
-                continue
             told = (peer, key)
             if peer == self._place.own:
                 self.adopt(kind, found)
@@ -359,3 +386,7 @@ class Searches:
         now = trio.current_time()
         for copy in wanted_copies(kind, found, now):
             self._store.adopt(copy, now)
+
+
+def _names(peers: Iterable[PeerId]) -> tuple[bytes, ...]:
+    return tuple(peer.raw[:NAME_BYTES] for peer in peers)

@@ -8,20 +8,19 @@ few answers, looks for the closest first.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import trio
 
-from p2pmoe.dht.asks import Asks
+from p2pmoe.dht.asks import NAME_BYTES, Asks
 from p2pmoe.dht.leases import MOST_HOLDERS, Vote, holders
 from p2pmoe.dht.messages import Transfer
 from p2pmoe.dht.search import Place, Searches
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.identity import PeerId
-from p2pmoe.wire.envelope import Signed
+from p2pmoe.wire.envelope import Kind, Signed
 
 SLOW = 2.0  # seconds, then the next closest holds the record as well; a guess
 
@@ -31,12 +30,11 @@ Votes = dict[PeerId, Vote]
 
 @dataclass(slots=True)
 class _Writing:
-    """A record on its way: whom it goes to, who failed, and what the others made of it."""
+    """A record on its way: whom it may go to, who was asked, and what those made of it."""
 
     record: Signed[Any]
-    known: set[PeerId]
+    known: set[PeerId]  # without those who failed
     asked: set[PeerId] = field(default_factory=set)
-    failed: set[PeerId] = field(default_factory=set)
     votes: Votes = field(default_factory=dict)
 
 
@@ -49,14 +47,15 @@ class Writer:
 
     async def put(self, record: Signed[Any]) -> tuple[list[PeerId], Votes]:
         """Put a record at whoever is closest now: these, and what each that answers makes of it."""
-        key = record.body.key
-        writing = _Writing(record, set(self._searches.closest_known(key)))
+        key, careful = record.body.key, record.kind is Kind.LEASE
+        writing = _Writing(record, set(self._searches.closest_known(key, careful=careful)))
         if writing.known:
-            async with trio.open_nursery() as tasks:
-                self._put_at_closest(writing, tasks)
             found = self._holders(writing)
-            if not writing.failed or len(found) == MOST_HOLDERS:
-                return found, {peer: writing.votes[peer] for peer in found}
+            while not writing.asked.issuperset(found):
+                await self._put_at_once(writing, found)
+                found = self._holders(writing)
+            if len(writing.votes) == len(writing.asked) or len(found) == MOST_HOLDERS:
+                return found, {peer: writing.votes[peer] for peer in found if peer in writing.votes}
         found = (await self._searches.nearest(key)).holders
         return found, await self.put_at(found, record)
 
@@ -70,48 +69,40 @@ class Writer:
         votes: Votes = {}
         async with trio.open_nursery() as tasks:
             for peer in peers:
-                tasks.start_soon(self._put_one, peer, partial(self._vote, record, transfer), votes)
+                tasks.start_soon(self._put_one, peer, record, transfer, votes)
         return votes
 
     def _holders(self, writing: _Writing) -> list[PeerId]:
-        known = writing.known - writing.failed
-        return holders(writing.record.body.key, known, self._place.holder)
+        return holders(writing.record.body.key, writing.known, self._place.holder)
 
-    def _put_at_closest(self, writing: _Writing, tasks: trio.Nursery) -> None:
-        """Put it where it should be now and was not put yet."""
-        closest = self._holders(writing)
-        for peer in closest:
-            if peer not in writing.asked:
-                writing.asked.add(peer)
-                tasks.start_soon(self._put_and_look, peer, writing, closest, tasks)
+    async def _put_at_once(self, writing: _Writing, closest: Sequence[PeerId]) -> None:
+        """Put it at those of the closest who were not asked yet; learn who failed, who is closer.
 
-    async def _put_and_look(
-        self, peer: PeerId, writing: _Writing, named: Iterable[PeerId], tasks: trio.Nursery
-    ) -> None:
+        All of them share one deadline, and nobody waits for a task of its own.
+        """
+        record, named = writing.record, tuple(peer.raw[:NAME_BYTES] for peer in closest)
+        fresh = [peer for peer in closest if peer not in writing.asked]
+        others = [peer for peer in fresh if peer != self._place.own]
+        coming = [(peer, self._asks.begin_put(peer, record, named)) for peer in others]
+        writing.asked.update(fresh)
         with trio.move_on_after(SLOW):
-            put = partial(self._vote, writing.record, None, named=named)
-            await self._put_one(peer, put, writing.votes)
-        if (vote := writing.votes.get(peer)) is None:
-            writing.failed.add(peer)
-        else:
-            writing.known.update(filter(self._searches.usable, vote.closer))
-        self._put_at_closest(writing, tasks)
+            if len(others) < len(fresh):
+                await self._put_one(self._place.own, record, None, writing.votes)
+            for _, promise in coming:
+                await promise.ended()
+        for peer, promise in coming:
+            if (vote := promise.value) is not None:
+                writing.votes[peer] = vote
+                writing.known.update(filter(self._searches.usable, vote.closer))
+        writing.known -= writing.asked - writing.votes.keys()
 
     async def _put_one(
-        self, peer: PeerId, put: Callable[[PeerId], Awaitable[Vote]], votes: Votes
+        self, peer: PeerId, record: Signed[Any], transfer: Signed[Transfer] | None, votes: Votes
     ) -> None:
         try:
-            votes[peer] = await put(peer)
+            if peer == self._place.own:
+                votes[peer] = await self._put_here(record, transfer)
+            else:
+                votes[peer] = await self._asks.put(peer, record, transfer)
         except P2PMoEError:  # marked and told about where it was asked; it has no vote
             return
-
-    async def _vote(
-        self,
-        record: Signed[Any],
-        transfer: Signed[Transfer] | None,
-        peer: PeerId,
-        named: Iterable[PeerId] = (),
-    ) -> Vote:
-        if peer == self._place.own:
-            return await self._put_here(record, transfer)
-        return await self._asks.put(peer, record, transfer, named)

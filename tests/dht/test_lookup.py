@@ -370,11 +370,3 @@ def test_it_finds_the_closest_of_all_whatever_the_order_of_answers(
         one = Lookup(TARGET, OWN, graph.seeds, params)
         carry_out(one, params, graph, seed)
         assert one.result() == nearest(graph.peers, TARGET, 8)
-
-
-def test_where_few_answers_may_be_enough_no_more_are_asked_at_once() -> None:
-    one = lookup(9, 4, 7)
-    assert one.wanted(0.0, most=1) == [peer(4)]
-    assert one.wanted(0.0, most=1) == []
-    one.told(peer(4), [], 0.1)
-    assert one.wanted(0.1, most=2) == [peer(7), peer(9)]

@@ -13,7 +13,7 @@ from p2pmoe.dht.reading import (
     all_reached,
     first_named,
     lacking,
-    left_to_hear,
+    needed,
     never,
     newest,
     wanted_copies,
@@ -95,12 +95,9 @@ def test_a_quorum_that_agrees_is_enough_and_one_that_does_not_is_not() -> None:
     assert not ENOUGH[Kind.MANIFEST]([one, two], 3)
 
 
-def test_a_quorum_that_agrees_so_far_needs_only_those_that_are_missing() -> None:
-    anns, enough = said(lease(ANN)), ENOUGH[Kind.LEASE]
-    assert left_to_hear(enough, [], 5) == 3
-    assert left_to_hear(enough, [anns, said()], 5) == 2
-    assert left_to_hear(enough, [anns] * 3, 5) == 1
-    assert left_to_hear(ENOUGH[Kind.PREFIX], [], 5) == 0
+def test_of_leases_and_manifests_a_quorum_is_needed_and_of_dictionaries_all() -> None:
+    assert needed(ENOUGH[Kind.LEASE], 5) == needed(ENOUGH[Kind.MANIFEST], 5) == 3
+    assert needed(ENOUGH[Kind.PREFIX], 5) == 5
 
 
 def test_dictionaries_are_read_from_all_and_nothing_is_believed_of_all_alone() -> None:
