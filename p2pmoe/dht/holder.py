@@ -18,6 +18,7 @@ import trio
 from p2pmoe import telemetry
 from p2pmoe.dht.asks import NAME_BYTES, Asks
 from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.direct import Place
 from p2pmoe.dht.jobs import Jobs
 from p2pmoe.dht.leases import MOST_HOLDERS, LeaseCopy, Vote
 from p2pmoe.dht.messages import (
@@ -41,7 +42,7 @@ from p2pmoe.dht.packing import Cards, Packer, copy_of
 from p2pmoe.dht.reading import Answer, never
 from p2pmoe.dht.records import RecordStore
 from p2pmoe.dht.routing import Networks
-from p2pmoe.dht.search import Place, Searches
+from p2pmoe.dht.search import Searches
 from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
 from p2pmoe.identity import ID_BYTES, PeerId, distance
 from p2pmoe.net.connection import Handler, IncomingCall

@@ -21,6 +21,7 @@ import trio
 from p2pmoe import telemetry
 from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.claims import Again, Claim, Lost, TooFew
+from p2pmoe.dht.direct import Place
 from p2pmoe.dht.leases import (
     Granted,
     LeaseBook,
@@ -33,7 +34,7 @@ from p2pmoe.dht.leases import (
 )
 from p2pmoe.dht.messages import Lease, PrefixRecord, Transfer, key_of
 from p2pmoe.dht.reading import never
-from p2pmoe.dht.search import Place, Searches
+from p2pmoe.dht.search import Searches
 from p2pmoe.dht.writing import PutHere, Writer
 from p2pmoe.errors import LeaseLost, LocalProtocolError, P2PMoEError, QuorumNotReached
 from p2pmoe.identity import PeerId

@@ -3,23 +3,23 @@
 The cores decide whom to ask and who won; this file asks. A search ends when the closest peers have
 answered, or earlier, when enough of the r closest that are known agree. Equal searches share one.
 Puts and leases go by two disjoint paths where the swarm is large enough for two, everything by four
-in hostile mode. Whoever knows most peers there are asks the closest at once, without looking for
-them, and a read no more of them than are needed. A key with more ids around it than there would be by chance is
-searched for in a whole region. Holders that lack what others named are told so afterwards.
+in hostile mode. Whoever knows most peers there are asks the closest directly (`direct`). A key with
+more ids around it than there would be by chance is searched for in a whole region. Holders that
+lack what others named are told so afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.dht.asks import NAME_BYTES, Asks
+from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.direct import Direct, Place, names
 from p2pmoe.dht.jobs import Flights, Jobs
 from p2pmoe.dht.leases import MOST_HOLDERS, RecordCopy, holders
 from p2pmoe.dht.lookup import Lookup, LookupParams
@@ -32,7 +32,6 @@ from p2pmoe.dht.reading import (
     all_answered,
     all_reached,
     lacking,
-    needed,
     never,
     wanted_copies,
 )
@@ -45,9 +44,6 @@ from p2pmoe.wire.envelope import Kind
 SEARCH_LIMIT = 10.0  # seconds for a whole search; then what is known must do; a guess
 MOST_PAGES = 8  # of one holder's dictionaries under one prefix; a guess
 ONE_PATH_BELOW = 32  # contacts; with fewer, two paths ask everybody and are no surer; a guess
-MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
-SPARING = 0.25  # seconds for which a read waits for those alone that it needs; a guess
-KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a guess
 HOSTILE_PATHS = 4  # in hostile mode; S/Kademlia
 MEND_PAUSE = 5.0  # seconds in which one holder is told once that it lacks something; a guess
 MOST_MENDED = 4096  # holders and keys that were told lately; a guess
@@ -55,20 +51,6 @@ MOST_MENDED = 4096  # holders and keys that were told lately; a guess
 _BY_ALL = {all_answered, all_reached}  # rules for which one path alone may be led astray
 
 Ask = Callable[[PeerId, tuple[PeerId, ...]], Awaitable[Answer]]  # and whom it need not name
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """This peer in the key space. `holds` says whether it can be dialled, now."""
-
-    own: PeerId
-    holds: Callable[[], bool]
-    usable: Callable[[PeerId], bool]
-
-    @property
-    def holder(self) -> PeerId | None:
-        """Itself, if it may hold records."""
-        return self.own if self.holds() else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +93,8 @@ class Searches:
         self._flights: Flights[Searched] = Flights(jobs)
         self._mended: dict[tuple[PeerId, bytes], float] = {}  # when
         self.size = NetworkSize(params.lookup.k)
+        k = 0 if params.hostile else params.lookup.k
+        self.direct = Direct(place, contacts, asks, self.size, k)
 
     @property
     def k(self) -> int:
@@ -147,83 +131,26 @@ class Searches:
         search = _Search(key, ask, never, self._own_answer(question))
         return await self._flights.share(question, partial(self._search, search, careful=True))
 
-    def closest_known(self, key: bytes, *, careful: bool) -> list[PeerId]:
-        """The k closest to a key, where this peer knows so many that no search is needed; or none.
-
-        They cannot be hidden from it, as on a path; whom it does not know they name. What is
-        `careful`, as leases are, wants the number of all peers from several lookups.
-        """
-        now, met = trio.current_time(), self._contacts.met()
-        peers = self.size.estimate(now) if careful else self.size.about(now)
-        few = peers is None or len(met) < KNOWS_ENOUGH * peers
-        if self._params.hostile or few or len(met) > MOST_SCANNED:
-            return []
-        near = int.from_bytes(key, "big")
-        met.sort(key=lambda peer: peer.number ^ near)
-        closest = list(islice(filter(self.usable, met), self.k))
-        return [] if self.size.is_crowded(key, closest, now) else closest
-
-    def _is_crowded(self, key: bytes, peers: Iterable[PeerId]) -> bool:
-        closest = holders(key, peers, None, self.k)
-        return self.size.is_crowded(key, closest, trio.current_time())
-
     def usable(self, peer: PeerId) -> bool:
         """Whether a question to this peer may be answered."""
-        now = trio.current_time()
-        return self._place.usable(peer) and not self._contacts.avoided(peer, now)
+        return self.direct.usable(peer)
 
     # ------------------------------------------------------------------------------- carried out
     async def _read(self, kind: Kind, search: _Search) -> Searched:
         search.answers.update(self._own_answer(Question(kind, search.target)))
         careful = kind is Kind.LEASE
-        found = None if search.patient else await self._read_at_once(kind, search, careful=careful)
+        found = None
+        if not search.patient:
+            own = search.answers
+            found = await self.direct.read(kind, search.target, search.enough, own, careful=careful)
         found = found or await self._search(search, careful=careful)
         self._mend(kind, search.target, found)
         return found
 
-    async def _read_at_once(self, kind: Kind, search: _Search, *, careful: bool) -> Searched | None:
-        """What the closest say, of whom no more are asked than are needed as long as they agree.
-
-        Whom they name is asked as well. None where it takes a search: this peer knows too few,
-        somebody is slow or has more than one answer, or ids crowd around the key.
-        """
-        target, began = search.target, self.closest_known(search.target, careful=careful)
-        question = Question(kind, target, known=_names(began))
-        known, failed, heard = set(began), set[PeerId](), dict(search.answers)
-        while known:
-            closest = holders(target, known, self._place.holder)
-            answers = [heard[peer] for peer in closest if peer in heard]
-            having = sum(bool(answer.records) for answer in answers)
-            fresh = [peer for peer in closest if peer not in heard]
-            if search.enough(answers, len(closest)) or not fresh:
-                odd = any(answer.more for answer in answers) or self._is_crowded(target, known)
-                few = failed and len(closest) < MOST_HOLDERS
-                return None if odd or few else Searched(closest, heard)
-            left = max(1, needed(search.enough, len(closest)) - having)
-            came = await self._ask_at_once(fresh[:left], question)
-            if came is None:
-                return None
-            heard |= came
-            failed |= set(fresh[:left]) - came.keys()
-            named = {peer for answer in came.values() for peer in answer.closer}
-            known = (known | set(filter(self.usable, named))) - failed
-        return None
-
-    async def _ask_at_once(
-        self, peers: Sequence[PeerId], question: Question
-    ) -> dict[PeerId, Answer] | None:
-        """What these answer who do not fail; None if one is slow. Nobody has a task of its own."""
-        coming = [(peer, self._asks.begin_get(peer, question)) for peer in peers]
-        with trio.move_on_after(SPARING):
-            for _, answer in coming:
-                await answer.ended()
-            return {peer: answer.value for peer, answer in coming if answer.value is not None}
-        return None
-
     async def _search(self, search: _Search, *, careful: bool) -> Searched:
         table, target = self._contacts.table, search.target
         began = trio.current_time()
-        seeds = self.closest_known(target, careful=careful)
+        seeds = self.direct.closest_known(target, careful=careful)
         params = self._width(careful=careful)
         search.known = tuple(seeds)
         if seeds:
@@ -319,7 +246,7 @@ class Searches:
     async def _get_pages(
         self, peer: PeerId, known: tuple[PeerId, ...], question: Question
     ) -> Answer:
-        question = replace(question, known=_names(known))
+        question = replace(question, known=names(known))
         first = page = await self._asks.get(peer, question)
         records = list(page.records)
         for _ in range(MOST_PAGES):
@@ -386,7 +313,3 @@ class Searches:
         now = trio.current_time()
         for copy in wanted_copies(kind, found, now):
             self._store.adopt(copy, now)
-
-
-def _names(peers: Iterable[PeerId]) -> tuple[bytes, ...]:
-    return tuple(peer.raw[:NAME_BYTES] for peer in peers)

@@ -19,6 +19,7 @@ import trio
 
 from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.contacts import ContactParams, Contacts
+from p2pmoe.dht.direct import Place
 from p2pmoe.dht.holder import Holder, HolderParts
 from p2pmoe.dht.jobs import Jobs, together
 from p2pmoe.dht.keeping import Clocks, Keeper
@@ -29,7 +30,7 @@ from p2pmoe.dht.neighbours import NeighbourParts, Neighbours, Sign
 from p2pmoe.dht.owner import OnTransfer, Owner, OwnerParts
 from p2pmoe.dht.reading import Searched, first_named, newest, saved
 from p2pmoe.dht.records import RecordParams, RecordStore
-from p2pmoe.dht.search import Place, Searches, SearchParams
+from p2pmoe.dht.search import Searches, SearchParams
 from p2pmoe.errors import P2PMoEError, QuorumNotReached
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.net.pool import Pool

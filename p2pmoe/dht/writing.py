@@ -14,10 +14,11 @@ from typing import Any
 
 import trio
 
-from p2pmoe.dht.asks import NAME_BYTES, Asks
+from p2pmoe.dht.asks import Asks
+from p2pmoe.dht.direct import MOST_ASKED, Place, names
 from p2pmoe.dht.leases import MOST_HOLDERS, Vote, holders
 from p2pmoe.dht.messages import Transfer
-from p2pmoe.dht.search import Place, Searches
+from p2pmoe.dht.search import Searches
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind, Signed
@@ -48,10 +49,10 @@ class Writer:
     async def put(self, record: Signed[Any]) -> tuple[list[PeerId], Votes]:
         """Put a record at whoever is closest now: these, and what each that answers makes of it."""
         key, careful = record.body.key, record.kind is Kind.LEASE
-        writing = _Writing(record, set(self._searches.closest_known(key, careful=careful)))
+        writing = _Writing(record, set(self._searches.direct.closest_known(key, careful=careful)))
         if writing.known:
             found = self._holders(writing)
-            while not writing.asked.issuperset(found):
+            while not writing.asked.issuperset(found) and len(writing.asked) < MOST_ASKED:
                 await self._put_at_once(writing, found)
                 found = self._holders(writing)
             if len(writing.votes) == len(writing.asked) or len(found) == MOST_HOLDERS:
@@ -80,7 +81,7 @@ class Writer:
 
         All of them share one deadline, and nobody waits for a task of its own.
         """
-        record, named = writing.record, tuple(peer.raw[:NAME_BYTES] for peer in closest)
+        record, named = writing.record, names(closest)
         fresh = [peer for peer in closest if peer not in writing.asked]
         others = [peer for peer in fresh if peer != self._place.own]
         coming = [(peer, self._asks.begin_put(peer, record, named)) for peer in others]
