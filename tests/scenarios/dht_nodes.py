@@ -16,7 +16,7 @@ from p2pmoe.dht.messages import Manifest
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.envelope import Signed
 from tests.dht.swarm_of_ids import GRID, dice
-from tests.scenarios.dht_peer import LOOPBACK, claim
+from tests.scenarios.dht_peer import LOOPBACK, PATIENT, claim
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 4  # nodes that begin together: more only wait for the processor
@@ -43,6 +43,7 @@ class Here:
             new_swarm=not peers,
             stop_within=0.0,  # its end is as sudden as a kill
             join_within=60.0,
+            pool=PATIENT,
         )
         with trio.CancelScope() as scope:
             async with open_node(config) as node:
