@@ -19,7 +19,6 @@ from tests.dht.swarm_of_ids import GRID, dice
 from tests.scenarios.dht_peer import LOOPBACK, PATIENT, claim
 
 ROOT = Path(__file__).parents[2]
-AT_ONCE = 4  # nodes that begin together: more only wait for the processor
 READY_LIMIT = 600.0  # seconds until all are there; a quiet machine needs a tenth
 
 
@@ -55,11 +54,9 @@ class Here:
                 await trio.sleep_forever()
 
     async def open_many(self, count: int) -> None:
-        await self.open(0)
-        for start in range(1, count, AT_ONCE):
-            async with trio.open_nursery() as begins:
-                for number in range(start, min(count, start + AT_ONCE)):
-                    begins.start_soon(self.open, number)
+        """One after the other: together they hold this thread up so long that calls time out."""
+        for number in range(count):
+            await self.open(number)
 
     def kill(self, nodes: list[Node]) -> None:
         for node in nodes:
@@ -69,16 +66,11 @@ class Here:
 
 
 @contextmanager
-def processes(
-    address: str, count: int
-) -> Iterator[tuple[list[subprocess.Popen[str]], dict[str, str]]]:
-    """So many peers in processes of their own, and their uids by id; none outlives the block."""
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Peers in processes of their own, for `begin`; none outlives the block."""
     begun: list[subprocess.Popen[str]] = []
     try:
-        for number in range(count):
-            command = [sys.executable, "-m", "tests.scenarios.dht_peer", address, f"ffn.{number}.1"]
-            begun.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-        yield begun, {}
+        yield begun
     finally:
         for process in begun:
             process.kill()
@@ -87,12 +79,18 @@ def processes(
             process.stdout.close()
 
 
-async def ready(begun: list[subprocess.Popen[str]], uids: dict[str, str]) -> None:
-    for process in begun:
+async def begin(address: str, count: int, begun: list[subprocess.Popen[str]]) -> dict[str, str]:
+    """So many peers, one after the other; the uid that each one has, by its id."""
+    uids: dict[str, str] = {}
+    for number in range(count):
+        command = [sys.executable, "-m", "tests.scenarios.dht_peer", address, f"ffn.{number}.1"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        begun.append(process)
         assert process.stdout is not None
         line = await trio.to_thread.run_sync(process.stdout.readline)
         uid, peer = line.split()
         uids[peer] = uid
+    return uids
 
 
 @dataclass
