@@ -1,8 +1,9 @@
 """One peer of `p2pmoe bench dht`, as a process: it reads orders on stdin and answers on stdout.
 
-The first line is `{"join": addresses}`; then it says `{"address"}`, its own. An order is a JSON
-object a line: `{"id", "store": name, "value": text}` or `{"id", "get": name}`. The answer has the same id and, for a get, the value found. The value is carried by a manifest,
-which is what this DHT keeps for any name. The process ends when stdin does.
+The first line is `{"join": addresses}`; when it has joined it says `{"address"}`, its own. An order
+is a JSON object a line: `{"id", "store": name, "value": text}` or `{"id", "get": name}`. The answer
+has the same id and, for a get, the value found. The value is carried by a manifest, which is what
+this DHT keeps for any name. The process ends when stdin does.
 """
 
 from __future__ import annotations

@@ -83,14 +83,17 @@ async def begin(address: str, count: int, begun: list[subprocess.Popen[str]]) ->
     """So many peers, one after the other; the uid that each one has, by its id."""
     uids: dict[str, str] = {}
     for number in range(count):
-        command = [sys.executable, "-m", "tests.scenarios.dht_peer", address, f"ffn.{number}.1"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        begun.append(process)
-        assert process.stdout is not None
-        line = await trio.to_thread.run_sync(process.stdout.readline)
-        uid, peer = line.split()
+        begun.append(_process(address, f"ffn.{number}.1"))
+        stdout = begun[-1].stdout
+        assert stdout is not None
+        uid, peer = (await trio.to_thread.run_sync(stdout.readline)).split()
         uids[peer] = uid
     return uids
+
+
+def _process(address: str, uid: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.scenarios.dht_peer", address, uid]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 @dataclass
