@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
+from itertools import islice
 
 import trio
 
@@ -25,6 +25,9 @@ KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a g
 MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
 MOST_ASKED = 32  # peers that are asked or written to: who is named may name others; a guess
 SLOW = 0.25  # seconds; a read then takes a search, which asks more; a guess
+SLOW_MOST = 1.0  # seconds; the same where all are slow, as on an overloaded machine; a guess
+SLOW_FACTOR = 4.0  # times as long as answers take of late; a guess
+LATE_WEIGHT = 1 / 8  # of the latest, in how long they take; as TCP's smoothed round trip (RFC 6298)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Direct:
     ) -> None:
         self._place, self._contacts, self._asks = place, contacts, asks
         self._size, self._k = size, k
+        self._usual = 0.0  # seconds, until all who were asked have answered
 
     def usable(self, peer: PeerId) -> bool:
         """Whether a question to this peer may be answered."""
@@ -65,8 +69,8 @@ class Direct:
         if peers is None or len(met) < KNOWS_ENOUGH * peers or len(met) > MOST_SCANNED:
             return []
         near = int.from_bytes(key, "big")
-        usable = filter(self.usable, met)
-        closest = nsmallest(self._k, usable, key=lambda peer: peer.number ^ near)
+        met.sort(key=lambda peer: peer.number ^ near)
+        closest = list(islice(filter(self.usable, met), self._k))
         return [] if self._size.is_crowded(key, closest, now) else closest
 
     async def read(
@@ -111,11 +115,14 @@ class Direct:
     ) -> dict[PeerId, Answer] | None:
         """What these answer who do not fail; None if one is slow. Nobody has a task of its own."""
         coming = [(peer, self._asks.begin_get(peer, question)) for peer in peers]
-        with trio.move_on_after(SLOW):
+        began = trio.current_time()
+        with trio.move_on_after(min(SLOW_MOST, max(SLOW, SLOW_FACTOR * self._usual))) as limit:
             for _, answer in coming:
                 await answer.ended()
-            return {peer: answer.value for peer, answer in coming if answer.value is not None}
-        return None
+        self._usual += LATE_WEIGHT * (trio.current_time() - began - self._usual)
+        if limit.cancelled_caught:
+            return None
+        return {peer: answer.value for peer, answer in coming if answer.value is not None}
 
     def _is_crowded(self, key: bytes, peers: Iterable[PeerId]) -> bool:
         closest = holders(key, peers, None, self._k)
