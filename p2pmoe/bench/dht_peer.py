@@ -8,6 +8,7 @@ this DHT keeps for any name. The process ends when stdin does.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ async def main() -> None:
         stop_within=1.0,
     )
     async with open_node(config) as node, trio.open_nursery() as orders:
+        gc.freeze()  # as `p2pmoe node` does
         _say({"address": str(node.address)})
         async for order in coming:
             orders.start_soon(_obey, node, order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -57,6 +58,7 @@ class Here:
         """One after the other: together they hold this thread up so long that calls time out."""
         for number in range(count):
             await self.open(number)
+            gc.freeze()  # a full collection of so many nodes would hold all of them up for a second
 
     def kill(self, nodes: list[Node]) -> None:
         for node in nodes:
