@@ -22,7 +22,7 @@ from p2pmoe.dht.messages import (
 )
 from p2pmoe.dht.region import LEAST_MEASURES, MOST_MEASURES, _Measure
 from p2pmoe.identity import PeerId
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.connection import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
 from tests.dht.peers import UID, Peer, Town, owner_of, swarm, town
@@ -164,6 +164,32 @@ async def test_the_next_closest_takes_the_place_of_one_that_is_gone_and_of_a_slo
         began = trio.current_time()
         assert await seen(reader) == (owner.id, 1)
         assert SLOW <= trio.current_time() - began < 1
+
+
+async def test_where_all_are_slow_a_read_waits_for_them_and_asks_no_more(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        await ranks[7].dht.claim(GRID, UID)
+        reader = ranks[8]
+        await count(reader)
+        for peer in ranks:
+            get = peer.pool.handlers["dht.get"]
+
+            async def later(call: IncomingCall, get: Handler = get) -> None:
+                await trio.sleep(1.2 * SLOW)
+                await get(call)
+
+            peer.pool.handlers["dht.get"] = later
+        calls = questions(reader)
+        asked = []
+        for _ in range(6):
+            assert await seen(reader) == (ranks[7].id, 1)
+            asked.append(len(calls))
+            calls.clear()
+        assert asked[0] > 3
+        assert asked[-1] == 3
 
 
 # ----------------------------------------------------------------------------- in spite of liars
