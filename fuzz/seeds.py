@@ -44,12 +44,11 @@ def of_messages(name: str) -> Iterator[bytes]:
 
 
 def of_envelopes() -> Iterator[bytes]:
-    for data in (*octets(SEALED), *octets(RECORD)):
-        yield from (bytes([kind]) + data for kind in range(4))
-    bodies = ["wire.peer_record.PeerRecord", "dht.messages.Lease"]
-    bodies += ["dht.messages.PrefixRecord", "dht.messages.Manifest"]
-    for kind, body in enumerate(bodies):
-        yield from (bytes([4 + kind]) + data for data in octets(f"p2pmoe.{body}"))
+    harness = importlib.import_module("fuzz.fuzz_envelope")
+    for kind, (_, body) in enumerate(harness.BODIES):
+        yield from (bytes([kind]) + data for data in (*octets(SEALED), *octets(RECORD)))
+        payloads = octets(f"{body.__module__}.{body.__name__}")
+        yield from (bytes([harness.PAYLOAD + kind]) + data for data in payloads)
 
 
 def of_signatures() -> Iterator[bytes]:

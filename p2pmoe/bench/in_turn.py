@@ -19,16 +19,16 @@ from pathlib import Path
 
 LIMIT = 900  # seconds of one run of one item; the peer's half ends itself a little earlier
 PEER = Path(__file__).parents[2] / "docs/peer/hivemind_bench.py"  # has items of the same names
-LIMITS = {"limit"}  # items without a peer
-ITEMS = {  # item: ours
-    "rpc": "rpc --cls bench_nop",
-    "block": "rpc --cls bench_ffn --concurrency 1,16",
-    "moe64": "moe --batches 64",
-    "moe512": "moe --batches 512",
-    "dht16": "dht --peers 16",
-    "dht64": "dht --peers 64",
-    "memory": "footprint",
-    "limit": "local",
+LIMITS = {"block", "limit"}  # items without a peer: their goals are shares of the limit
+ITEMS = {  # item: what is asked for beside its name, of the peer and of ours
+    "rpc": ("seconds=3 concurrency=1,16", "rpc --seconds 3 --concurrency 1,16"),
+    "block": ("", "rpc --cls bench_ffn --seconds 3 --concurrency 1,16"),
+    "moe64": ("", "moe --batches 64"),
+    "moe512": ("", "moe --batches 512"),
+    "dht16": ("", "dht --peers 16"),
+    "dht64": ("keys=100", "dht --peers 64 --keys 100"),
+    "memory": ("", "footprint"),
+    "limit": ("", "local --seconds 3 --batches 2048"),
 }
 
 
@@ -44,17 +44,18 @@ def run(command: list[str]) -> list[str]:
 
 def main() -> None:
     """Measure, in turn."""
-    words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("file", type=Path)
-    words.add_argument("--peer-python")
-    words.add_argument("--items", default=",".join(ITEMS))
-    words.add_argument("--runs", type=int, default=5)
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--items", default=",".join(ITEMS))
+    parser.add_argument("--runs", type=int, default=5)
+    given = parser.parse_args()
     for turn in range(given.runs):
         for item in given.items.split(","):
-            commands = [[sys.executable, "-m", "p2pmoe", "bench", *ITEMS[item].split(), "--json"]]
+            theirs, ours = (words.split() for words in ITEMS[item])
+            commands = [[sys.executable, "-m", "p2pmoe", "bench", *ours, "--json"]]
             if given.peer_python and item not in LIMITS:
-                commands.insert(0, [given.peer_python, str(PEER), item])
+                commands.insert(0, [given.peer_python, str(PEER), item, *theirs])
             for command in commands:
                 lines = run(command)
                 with given.file.open("a", encoding="utf-8") as file:

@@ -26,7 +26,7 @@ ITEMS = {
     "footprint": "Memory and processes of an idle peer and of an idle server.",
     "startup": "Seconds from a server's start to its first answer.",
     "fault": "Training steps while one of two servers is killed, or one expert is slow.",
-    "local": "The limit: the same work in plain torch, in one process.",
+    "local": "The limits: the same work in plain torch, and a block behind nothing but TLS.",
 }
 
 ON_FILES = ("compare", "table", "baseline")
@@ -131,10 +131,13 @@ def _run(item: str, given: Mapping[str, Any]) -> Iterator[Line]:
         extra = {} if item == "footprint" else {"skip_dht": True, "settle": 0.0}
         yield footprint.run(_params(footprint.FootprintParams, {**given, **extra}))
     elif item == "local":
-        from p2pmoe.bench import local, moe
+        from p2pmoe.bench import bare, local, moe
 
         block = {name: given[name] for name in given if name != "grid" and name != "k"}
         yield local.run_block(_params(local.LocalParams, block))
+        if batches := block.pop("batches", ()):
+            block["batch"] = max(batches)
+        yield bare.run(_params(bare.BareParams, block))
         layer = {
             name: given[name] for name in given if name not in {"threads", "hidden", "batches"}
         }

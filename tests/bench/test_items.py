@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from p2pmoe.bench import dht, fault, footprint, local, moe, rpc, servers, stages
+from p2pmoe.bench import bare, dht, fault, footprint, local, moe, rpc, servers, stages
 from p2pmoe.bench.experts import NAME, SLEEP, Drowsy
 from p2pmoe.testing import local_swarm
 
@@ -149,6 +150,14 @@ def test_the_limit_is_plain_torch():
     )
     assert mixture["system"] == block["system"] == "torch"
     assert mixture["metrics"]["train_batch4"]["n"] >= local.LEAST
+
+
+def test_a_bare_computer_gives_the_rows_of_its_block_and_their_gradient_and_learns():
+    computer, x = bare.Computer(8), torch.randn(3, 8)
+    y, again = computer.forward(x), x.clone().requires_grad_(True)
+    computer.block(again).sum().backward()
+    assert torch.equal(computer.backward(x, torch.ones(3, 8)), again.grad)
+    assert not torch.equal(computer.forward(x.detach()), y)
 
 
 def test_a_reader_of_the_dht_is_never_the_writer():

@@ -2,7 +2,7 @@
 
 It calls `echo` every few milliseconds; with `mixed` it sends large payloads, too, and gives up some
 calls. For each line on standard input it prints a JSON object: how long the calls took since the
-last time, in ms, which failed, and the node's own figures.
+last time, in ms, which failed, and the node's own figures, taken between two calls of `echo`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ PAUSE = 0.002  # seconds between two calls
 LARGE = bytes(2**20)
 
 
-async def call_on(node: Node, to: Contact, took: list[float], failed: list[str]) -> None:
-    while True:
-        begun = time.perf_counter()
-        try:
-            await node.pool.call(to, "echo", b"hello")
-        except P2PMoEError as error:
-            failed.append(str(error))
-        took.append((time.perf_counter() - begun) * 1000)
-        await trio.sleep(PAUSE)
+class Caller:
+    """Calls `echo` again and again; who holds `turn` keeps it from that."""
+
+    def __init__(self) -> None:
+        self.turn = trio.Lock()
+        self.took: list[float] = []
+        self.failed: list[str] = []
+
+    async def run(self, node: Node, to: Contact) -> None:
+        while True:
+            async with self.turn:
+                begun = time.perf_counter()
+                try:
+                    await node.pool.call(to, "echo", b"hello")
+                except P2PMoEError as error:
+                    self.failed.append(str(error))
+                self.took.append((time.perf_counter() - begun) * 1000)
+            await trio.sleep(PAUSE)
 
 
 async def mix(node: Node, to: Contact, failed: list[str]) -> None:
@@ -56,20 +65,20 @@ async def figures(node: Node, to: Contact) -> dict[str, int]:
 
 
 async def main(address: Address, *, mixed: bool) -> None:
-    took: list[float] = []
-    failed: list[str] = []
+    caller = Caller()
     config = NodeConfig(peers=(address,), client_only=True, stop_within=1)
     async with open_node(config) as node, trio.open_nursery() as callers:
         to = Contact((await node.pool.connect(address)).peer, (address,))
-        callers.start_soon(call_on, node, to, took, failed)
+        callers.start_soon(caller.run, node, to)
         if mixed:
-            callers.start_soon(mix, node, to, failed)
+            callers.start_soon(mix, node, to, caller.failed)
         async with trio.lowlevel.FdStream(0) as orders:
             while await orders.receive_some():
-                said = {"took": list(took), "failed": list(failed)}
-                took.clear()
-                failed.clear()
-                said["figures"] = await figures(node, to)
+                said = {"took": list(caller.took), "failed": list(caller.failed)}
+                caller.took.clear()
+                caller.failed.clear()
+                async with caller.turn:
+                    said["figures"] = await figures(node, to)
                 print(json.dumps(said), flush=True)  # noqa: T201  for whoever started it
         callers.cancel_scope.cancel()
 
