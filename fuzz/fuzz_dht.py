@@ -96,6 +96,18 @@ def check_signed(record: Lease | PrefixRecord | Manifest) -> None:
         assert all(0 <= one < 65_536 for one in record.coordinates)
 
 
+def check_named(*named: tuple[bytes, ...]) -> None:
+    """Peers that need not be named, by how their ids begin."""
+    assert all(len(beginnings) <= 8 for beginnings in named)
+    assert all(type(one) is bytes and len(one) == 8 for each in named for one in each)
+
+
+def check_places(most: int, *closer: tuple[int, ...]) -> None:
+    """Places among the contacts of a reply; the asker looks whether they are there."""
+    assert all(len(places) <= most for places in closer)
+    assert all(0 <= place < 2**16 for places in closer for place in places)
+
+
 def fuzz_one(data: bytes) -> None:
     match read(data, MESSAGES):
         case Lease() | PrefixRecord() | Manifest() as record:
@@ -109,21 +121,25 @@ def fuzz_one(data: bytes) -> None:
             assert 1 <= len(keys) <= 32
             assert all(len(one.key) == 32 and len(one.after) <= 32 for one in keys)
             assert all(one.kind in {*STORED, None} for one in keys)
+            check_named(*(one.known for one in keys))
         case PutRequest(records=records):
             assert 1 <= len(records) <= 32
             assert all(len(one.record) <= 32_768 for one in records)
             assert all(one.kind in {*STORED, "transfer"} for one in records)
             assert all(len(one.transfer) <= 32_768 for one in records)
+            check_named(*(one.holders for one in records))
         case MendRequest(keys=keys):
             assert 1 <= len(keys) <= 32
             assert all(len(one.key) == 32 for one in keys)
         case FoundReply(answers=answers, contacts=contacts):
             assert 1 <= len(answers) <= 32
             assert len(contacts) <= 128
-            assert all(len(answer.closer) <= 16 for answer in answers)
+            check_places(16, *(answer.closer for answer in answers))
             assert all(0 <= answer.number < 2**63 for answer in answers)
             copies = [copy for answer in answers for copy in answer.records]
             assert all(0 <= copy.left_ms <= 86_400_000 for copy in copies)
-        case PutReply(verdicts=verdicts):
+        case PutReply(verdicts=verdicts, contacts=contacts):
             assert 1 <= len(verdicts) <= 32
+            assert len(contacts) <= 128
             assert all(len(verdict.why) <= 24 for verdict in verdicts)
+            check_places(8, *(verdict.closer for verdict in verdicts))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -37,10 +37,12 @@ class PeerId:
     """SHA-256 of a peer's raw public key: 256 bits, and the peer's place in the key space."""
 
     raw: bytes
+    number: int = field(init=False, repr=False, compare=False)  # big-endian; lookups compare it
 
     def __post_init__(self) -> None:
         if len(self.raw) != ID_BYTES:
             raise ValueError(f"a peer id has {ID_BYTES} bytes, not {len(self.raw)}")
+        object.__setattr__(self, "number", int.from_bytes(self.raw, "big"))
 
     def __hash__(self) -> int:
         return hash(self.raw)  # a third of what the generated one costs, and every table asks
@@ -59,11 +61,6 @@ class PeerId:
     def short(self) -> str:
         """Eight hex digits, for display only."""
         return self.raw[:4].hex()
-
-    @property
-    def number(self) -> int:
-        """The id as an integer, big-endian."""
-        return int.from_bytes(self.raw, "big")
 
     def __str__(self) -> str:
         return self.short

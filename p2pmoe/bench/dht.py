@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import trio
 
-from p2pmoe.bench.work import Metrics, latency_summary, now, record
+from p2pmoe.bench.work import Metrics, latency_summary, lines, now, record
 
 MOST = 60.0  # seconds for one operation, then it has failed
+AHEAD = 3  # processes that load their modules while others join: there are two processors or more
 PEER = [sys.executable, "-m", "p2pmoe.bench.dht_peer"]
 
 
@@ -53,21 +54,33 @@ class Peer:
     waiting: dict[int, trio.Event] = field(default_factory=dict)
     writing: trio.Lock = field(default_factory=trio.Lock)
 
+    @classmethod
+    async def begin(cls) -> Peer:
+        """A process that waits to be told whom to join by."""
+        return cls(
+            await trio.lowlevel.open_process(
+                PEER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+        )
+
+    async def say(self, **order: Any) -> None:
+        """Give an order."""
+        assert self.process.stdin is not None
+        async with self.writing:
+            await self.process.stdin.send_all((json.dumps(order) + "\n").encode())
+
     async def order(self, number: int, **order: Any) -> dict[str, Any] | None:
         """Give an order and wait for its answer; None when it takes too long."""
-        assert self.process.stdin is not None
-        self.waiting[number] = trio.Event()
-        line = json.dumps({"id": number, **order}) + "\n"
-        async with self.writing:
-            await self.process.stdin.send_all(line.encode())
+        self.waiting[number] = answered = trio.Event()
+        await self.say(id=number, **order)
         with trio.move_on_after(MOST):
-            await self.waiting[number].wait()
+            await answered.wait()
         return self.answers.pop(number, None)
 
     async def read(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Take its answers until it ends; it has started when it says where it listens."""
         assert self.process.stdout is not None
-        async for line in _lines(self.process.stdout):
+        async for line in lines(self.process.stdout):
             message = json.loads(line)
             if "address" in message:
                 self.address = message["address"]
@@ -165,25 +178,15 @@ async def _peers(params: DhtParams) -> AsyncIterator[list[Peer]]:
     peers: list[Peer] = []
     async with trio.open_nursery() as readers:
         try:
-            for _ in range(params.peers):
-                known = dice.sample(peers, min(params.boot, len(peers)))
-                command = [*PEER, *(peer.address for peer in known)]
-                process = await trio.lowlevel.open_process(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-                )
-                peers.append(Peer(process))
-                await readers.start(peers[-1].read)
+            for joined in range(params.peers):
+                while len(peers) < min(params.peers, joined + 1 + AHEAD):
+                    peers.append(await Peer.begin())
+                known = dice.sample(peers[:joined], min(params.boot, joined))
+                await peers[joined].say(join=[peer.address for peer in known])
+                await readers.start(peers[joined].read)
             yield peers
         finally:
             for peer in peers:
                 if peer.process.poll() is None:
                     peer.process.send_signal(signal.SIGKILL)
             readers.cancel_scope.cancel()
-
-
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
-    rest = b""
-    async for chunk in stream:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            yield line

@@ -1,19 +1,23 @@
 """One peer of `p2pmoe bench dht`, as a process: it reads orders on stdin and answers on stdout.
 
-An order is a JSON object a line: `{"id", "store": name, "value": text}` or `{"id", "get": name}`.
-The answer has the same id and, for a get, the value found. The value is carried by a manifest,
-which is what this DHT keeps for any name. The process ends when stdin does.
+The first line is `{"join": addresses}`; when it has joined it says `{"address"}`, its own. An order
+is a JSON object a line: `{"id", "store": name, "value": text}` or `{"id", "get": name}`. The answer
+has the same id and, for a get, the value found. The value is carried by a manifest, which is what
+this DHT keeps for any name. The process ends when stdin does.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 import trio
 
+from p2pmoe.bench.work import lines
 from p2pmoe.dht.messages import Manifest, TensorSchema
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.node import Node, NodeConfig, open_node
@@ -24,22 +28,25 @@ PIECE = 256  # characters of one option of a manifest
 ROW = (TensorSchema(dtype="float32", shape=(1,)),)
 
 
-async def main(peers: list[str]) -> None:
+async def main() -> None:
     """A node on any port of loopback that obeys orders until there are no more."""
+    coming = _orders()
+    peers = tuple(map(Address.parse, (await anext(coming))["join"]))
     config = NodeConfig(
-        peers=tuple(map(Address.parse, peers)),
+        peers=peers,
         new_swarm=not peers,
         listen=Address("127.0.0.1", 0),
         stop_within=1.0,
     )
     async with open_node(config) as node, trio.open_nursery() as orders:
+        gc.freeze()  # as `p2pmoe node` does
         _say({"address": str(node.address)})
-        async for order in _orders():
+        async for order in coming:
             orders.start_soon(_obey, node, order)
 
 
 async def _orders() -> AsyncIterator[dict[str, Any]]:
-    async for line in trio.wrap_file(sys.stdin):
+    async for line in lines(trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))):
         yield json.loads(line)
 
 
@@ -83,4 +90,4 @@ def _manifest(order: dict[str, Any]) -> Manifest:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1:])
+    trio.run(main)

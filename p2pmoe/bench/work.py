@@ -10,10 +10,12 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import trio
 
 from p2pmoe.errors import P2PMoEError
 
@@ -108,6 +110,15 @@ def hammer(call: Callable[[], object], threads: int, seconds: float) -> Tally:
         one.join()
     tally.took = now() - began
     return tally
+
+
+async def lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
+    """What comes on a stream, a line at a time."""
+    rest = b""
+    async for chunk in stream:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line
 
 
 def memory_of(pid: int) -> Metrics:

@@ -62,9 +62,10 @@ BATCH_BYTES = 40 * 1024  # of records in one put; leaves room in a control frame
 ASK_LIMIT = 3.0  # seconds for a find or a get, dialling included: 5 round trips of 600 ms
 PUT_LIMIT = 8.0  # seconds for a put: its holder may ask others first
 STALLED = 0.25  # seconds that a deadline is late by when the fault is our own; a guess
-LINGER = 0.001  # seconds that a question waits for others to the same peer; a guess
 VERIFY_AT_ONCE = 16  # signatures checked before other tasks get their turn: about 3 ms
+NAME_BYTES = 8  # of an id, where nothing but which of a few peers is meant
 CARDS = 1024  # peer records that stay open, of 600 B at most and as much again; a guess
+OPENED = 64  # other records that stay open, of 32 KiB at most and as much again; a guess
 VERIFIED = 4096  # digests of envelopes that were verified; four times a swarm of 1,000
 
 Q = TypeVar("Q")
@@ -78,6 +79,7 @@ class _Handed:
 
     record: Signed[Any]
     transfer: Signed[Transfer] | None = None
+    holders: tuple[bytes, ...] = ()  # how their ids begin
 
     def size(self) -> int:
         """Bytes that it takes in a call."""
@@ -87,7 +89,7 @@ class _Handed:
         """As it travels."""
         kind = cast("HandedKind", self.record.kind.value)
         transfer = self.transfer.raw if self.transfer else b""
-        return RecordPut(kind=kind, record=self.record.raw, transfer=transfer)
+        return RecordPut(kind=kind, record=self.record.raw, transfer=transfer, holders=self.holders)
 
 
 class Asks:
@@ -97,6 +99,7 @@ class Asks:
         self._pool, self._contacts, self._network = pool, contacts, network
         self.verified = VerifiedCache(VERIFIED)
         self._cards: dict[bytes, Signed[PeerRecord]] = {}  # by their bytes, the latest
+        self._opened: dict[bytes, Signed[Any]] = {}  # the same of other records
         self._finds = _Line[bytes, Answer](jobs, self._send_find, lambda _: 32, self._failed)
         self._gets = _Line[Question, Answer](jobs, self._send_get, lambda _: 80, self._failed)
         self._puts = _Line[_Handed, Vote](jobs, self._send_put, _Handed.size, self._failed)
@@ -113,11 +116,21 @@ class Asks:
         """What the peer holds under a key, and who is closer to it; raises as `find`."""
         return await self._gets.ask(peer, question)
 
+    def begin_get(self, peer: PeerId, question: Question) -> Promise[Answer]:
+        """As `get`, to wait for later."""
+        return self._gets.begin(peer, question)
+
     async def put(
         self, peer: PeerId, record: Signed[Any], transfer: Signed[Transfer] | None = None
     ) -> Vote:
         """What the peer makes of a record; raises as `find`. `transfer` goes with a lease."""
         return await self._puts.ask(peer, _Handed(record, transfer))
+
+    def begin_put(
+        self, peer: PeerId, record: Signed[Any], holders: tuple[bytes, ...]
+    ) -> Promise[Vote]:
+        """As `put`, to wait for later. Who is told of the `holders` names those that are closer."""
+        return self._puts.begin(peer, _Handed(record, None, holders))
 
     async def mend(self, peer: PeerId, kind: Kind, key: bytes) -> None:
         """Tell the peer that others hold more under a key; raises as `find`."""
@@ -131,7 +144,8 @@ class Asks:
 
     async def _send_get(self, peer: PeerId, questions: Sequence[Question]) -> list[Answer]:
         keys = tuple(
-            KeyQuery(key=each.key, kind=_word(each.kind), after=each.after) for each in questions
+            KeyQuery(key=each.key, kind=_word(each.kind), after=each.after, known=each.known)
+            for each in questions
         )
         asked_at = trio.current_time()
         reply = await self._call(peer, GET, GetRequest(keys=keys), FoundReply, ASK_LIMIT)
@@ -143,8 +157,9 @@ class Asks:
         reply = await self._call(peer, PUT, PutRequest(records=puts), PutReply, PUT_LIMIT)
         if len(reply.verdicts) != len(handed):
             raise MalformedMessage("dht.answers", "one verdict a record")
+        peers = await self._open_cards(peer, reply.contacts)
         pairs = zip(handed, reply.verdicts, strict=True)
-        return [self._open_vote(verdict, each.record, asked_at) for each, verdict in pairs]
+        return [self._open_vote(verdict, each.record, asked_at, peers) for each, verdict in pairs]
 
     async def _send_mend(self, peer: PeerId, places: Sequence[tuple[Kind, bytes]]) -> list[None]:
         keys = tuple(MendKey(kind=cast("StoredKind", kind.value), key=key) for kind, key in places)
@@ -158,17 +173,15 @@ class Asks:
         if contact is None:
             raise PeerUnreachable(f"no address of peer {peer} is known", peer=peer.hex)
         deadline = trio.current_time() + limit
-        try:
-            with trio.fail_at(deadline):
-                part = await self._pool.call(contact, method, schema.encode(request))
-        except trio.TooSlowError:
-            late = trio.current_time() - deadline
-            if late > STALLED:  # who knows whether the answer waits here
-                raise PeerBusy(f"this peer was stalled for {late:.1f} s") from None
-            raise CallTimeout(f"peer {peer} did not answer {method}", peer=peer.hex) from None
-        telemetry.count("p2pmoe_dht_requests_total", op=method, result="ok")
-        self._contacts.table.seen(peer, trio.current_time())
-        return schema.decode(part.body, reply)
+        with trio.move_on_at(deadline):
+            part = await self._pool.call(contact, method, schema.encode(request))
+            telemetry.count("p2pmoe_dht_requests_total", op=method, result="ok")
+            self._contacts.table.seen(peer, trio.current_time())
+            return schema.decode(part.body, reply)
+        late = trio.current_time() - deadline
+        if late > STALLED:  # who knows whether the answer waits here
+            raise PeerBusy(f"this peer was stalled for {late:.1f} s")
+        raise CallTimeout(f"peer {peer} did not answer {method}", peer=peer.hex)
 
     def _failed(self, peer: PeerId, error: P2PMoEError) -> None:
         telemetry.count("p2pmoe_dht_requests_total", op="any", result=error.code)
@@ -183,20 +196,12 @@ class Asks:
         """Lifetimes count from when the question was sent, so that none is read as longer."""
         if len(reply.answers) > len(questions):
             raise MalformedMessage("dht.answers", "more than questions")
-        peers = []
-        for at, raw in enumerate(reply.contacts, start=1):
-            record = self._open_card(raw)
-            self._contacts.named(by, record, trio.current_time())
-            peers.append(record.signer)
-            if at % VERIFY_AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
+        peers = await self._open_cards(by, reply.contacts)
         answers = []
         for question, found in zip(questions, reply.answers, strict=False):
-            if any(index >= len(peers) for index in found.closer):
-                raise MalformedMessage("dht.contact", "a contact that is not there")
             answers.append(
                 Answer(
-                    tuple(peers[index] for index in found.closer),
+                    _chosen(peers, found.closer),
                     await self._open_copies(found.records, question, asked_at),
                     found.number,
                     found.more,
@@ -204,13 +209,23 @@ class Asks:
             )
         return answers
 
+    async def _open_cards(self, by: PeerId, cards: Iterable[bytes]) -> list[PeerId]:
+        """Whom an answer names."""
+        peers = []
+        for at, raw in enumerate(cards, start=1):
+            record = self._open_card(raw)
+            self._contacts.named(by, record, trio.current_time())
+            peers.append(record.signer)
+            if at % VERIFY_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return peers
+
     def _open_card(self, raw: bytes) -> Signed[PeerRecord]:
         """A peer record; the same ones come with every answer, so they are opened once."""
         record = self._cards.get(raw)
         if record is None:
             record = self._cards[raw] = open_record(raw, self._network, self.verified)
-            if len(self._cards) > CARDS:
-                del self._cards[next(iter(self._cards))]
+            _drop_oldest(self._cards, CARDS)
         return record
 
     async def _open_copies(
@@ -234,16 +249,26 @@ class Asks:
         return RecordCopy(signed, asked_at + copy.left_ms / 1000)
 
     def open(self, raw: bytes, kind: Kind) -> Signed[Any]:
-        """Check a sealed record of this kind; `MalformedMessage` else."""
-        return open_envelope(
-            raw, BODY_TYPES[kind], kind=kind, network=self._network, cache=self.verified
-        )
+        """Check a sealed record of this kind; `MalformedMessage` else.
 
-    def _open_vote(self, verdict: Verdict, record: Signed[Any], asked_at: float) -> Vote:
+        Several holders name the same one at the same time, so it is opened once.
+        """
+        record = self._opened.get(raw)
+        if record is None or record.kind is not kind:
+            record = self._opened[raw] = open_envelope(
+                raw, BODY_TYPES[kind], kind=kind, network=self._network, cache=self.verified
+            )
+            _drop_oldest(self._opened, OPENED)
+        return record
+
+    def _open_vote(
+        self, verdict: Verdict, record: Signed[Any], asked_at: float, peers: Sequence[PeerId]
+    ) -> Vote:
         owner: LeaseCopy | None = None
         if verdict.owner is not None and record.kind is Kind.LEASE:
             owner = self._open_copy(verdict.owner, Kind.LEASE, record.body.key, asked_at)
-        return Vote(verdict.outcome, verdict.why, verdict.number, owner)
+        closer = _chosen(peers, verdict.closer)
+        return Vote(verdict.outcome, verdict.why, verdict.number, owner, closer)
 
 
 class _Line(Generic[Q, A]):
@@ -260,20 +285,21 @@ class _Line(Generic[Q, A]):
         self._waiting: dict[PeerId, list[tuple[Q, Promise[A]]]] = {}  # until they are sent
 
     async def ask(self, peer: PeerId, question: Q) -> A:
-        promise = Promise[A]()
+        return await self.begin(peer, question).wait()
+
+    def begin(self, peer: PeerId, question: Q) -> Promise[A]:
+        promise: Promise[A] = Promise()
         waiting = self._waiting.get(peer)
         if waiting is not None:
             waiting.append((question, promise))
         else:
             self._jobs.start(partial(self._flush, peer), partial(self._abandon, peer))
             self._waiting[peer] = [(question, promise)]
-        return await promise.wait()
+        return promise
 
     async def _flush(self, peer: PeerId) -> None:
-        waiting = rest = self._waiting[peer]  # it grows until the first call is made
+        waiting = rest = self._waiting.pop(peer)  # all that came up by the same news
         try:
-            await trio.sleep(LINGER)
-            del self._waiting[peer]
             while rest:
                 batch = rest[: self._fitting(rest)]
                 answers = await self._send(peer, [question for question, _ in batch])
@@ -284,8 +310,6 @@ class _Line(Generic[Q, A]):
             self._failed(peer, error)
             _fail(waiting, error)
         finally:
-            if self._waiting.get(peer) is waiting:
-                del self._waiting[peer]
             _fail(waiting, NodeClosed("the node was closed"))
 
     def _abandon(self, peer: PeerId) -> None:
@@ -299,6 +323,19 @@ class _Line(Generic[Q, A]):
             if fitting and total > BATCH_BYTES:
                 return fitting
         return min(len(waiting), MAX_BATCH)
+
+
+def _chosen(peers: Sequence[PeerId], places: Iterable[int]) -> tuple[PeerId, ...]:
+    """Those that stand in these places of an answer's contacts."""
+    try:
+        return tuple(peers[place] for place in places)
+    except IndexError:
+        raise MalformedMessage("dht.contact", "a contact that is not there") from None
+
+
+def _drop_oldest(table: dict[Any, Any], most: int) -> None:
+    if len(table) > most:
+        del table[next(iter(table))]
 
 
 def _word(kind: Kind | None) -> StoredKind | None:

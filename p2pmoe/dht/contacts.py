@@ -35,6 +35,7 @@ class _Known:
     record: Signed[PeerRecord]
     contact: Contact
     dialled: bool = False
+    met: bool = False  # it was reached, or the membership has seen it, and it did not fail since
     host: str = ""  # the number at which it was reached, whatever its addresses say
     stranger: bool = True  # it came by itself, and nobody whom we trust has named it
     suspected: bool = False
@@ -44,6 +45,7 @@ class _Known:
     def is_back(self) -> None:
         """It was reached, or is known to live."""
         self.suspected, self.failures, self.avoided_until = False, 0, -math.inf
+        self.met = True
 
 
 class Contacts:
@@ -67,7 +69,7 @@ class Contacts:
         if old is None or record.body.order > old.record.body.order:
             known = _Known(record, contact_of(record))
             if old is not None and old.contact == known.contact:
-                known.dialled, known.host = old.dialled, old.host
+                known.dialled, known.met, known.host = old.dialled, old.met, old.host
                 known.stranger, known.suspected = old.stranger, old.suspected
                 known.failures, known.avoided_until = old.failures, old.avoided_until
         else:
@@ -139,8 +141,12 @@ class Contacts:
         if known is not None and now >= known.avoided_until:  # of failures at once one counts
             pause = math.ldexp(self._params.avoid_for, min(known.failures, 16))
             known.failures += 1
-            known.dialled = False
+            known.dialled = known.met = False
             known.avoided_until = now + min(pause, self._params.avoid_most)
+
+    def met(self) -> list[PeerId]:
+        """All that were reached, by this peer or by the membership, and did not fail since."""
+        return [peer for peer, known in self._known.items() if known.met]
 
     def suspect(self, peer: PeerId) -> None:
         """The membership suspects this peer: it is asked after the others."""

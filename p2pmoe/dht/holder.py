@@ -9,17 +9,18 @@ closest peers were asked (L1). Whoever says that others have more is not believe
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.dht.asks import Asks
+from p2pmoe.dht.asks import NAME_BYTES, Asks
 from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.direct import Place
 from p2pmoe.dht.jobs import Jobs
-from p2pmoe.dht.leases import LeaseCopy, Vote
+from p2pmoe.dht.leases import MOST_HOLDERS, LeaseCopy, Vote
 from p2pmoe.dht.messages import (
     FIND,
     GET,
@@ -37,13 +38,13 @@ from p2pmoe.dht.messages import (
     Verdict,
 )
 from p2pmoe.dht.outcomes import Abstained, AskFirst, Full, Others, Put, Refused, Stale, Stored
-from p2pmoe.dht.packing import Packer, copy_of
-from p2pmoe.dht.reading import Answer, never
+from p2pmoe.dht.packing import Cards, Packer, copy_of
+from p2pmoe.dht.reading import Answer
 from p2pmoe.dht.records import RecordStore
 from p2pmoe.dht.routing import Networks
-from p2pmoe.dht.search import Place, Searches
+from p2pmoe.dht.search import Searches
 from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
-from p2pmoe.identity import PeerId
+from p2pmoe.identity import ID_BYTES, PeerId, distance
 from p2pmoe.net.connection import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
@@ -98,7 +99,7 @@ class Holder:
         for query in request.keys:
             kind = None if query.kind is None else Kind(query.kind)
             records = store.get(query.key, now, query.after, kind)
-            closer = self._closer(query.key, call.peer)
+            closer = self._closer(query.key, call.peer, query.known)
             if not packer.add(closer, records, store.number(query.key)):
                 break
         await call.send(schema.encode(packer.reply()))
@@ -111,12 +112,20 @@ class Holder:
             self._parts.contacts.learn(call.record)
         handed = [self._opened(each) for each in request.records]
         votes: dict[int, Vote] = {}
-        async with trio.open_nursery() as decisions:
-            for at, each in enumerate(handed):
-                decisions.start_soon(self._put_one, call.peer, each, at, votes)
+        if len(handed) == 1:  # without a task of its own, which is a tenth of the cost
+            await self._put_one(call.peer, handed[0], 0, votes)
+        else:
+            async with trio.open_nursery() as decisions:
+                for at, each in enumerate(handed):
+                    decisions.start_soon(self._put_one, call.peer, each, at, votes)
         now = trio.current_time()
-        verdicts = tuple(_verdict(votes[at], now) for at in range(len(handed)))
-        await call.send(schema.encode(PutReply(verdicts=verdicts)))
+        cards = Cards(self._card)
+        for at, put in enumerate(request.records):
+            if put.holders:
+                closer = self._closer(handed[at][0].body.key, call.peer, put.holders)
+                votes[at] = replace(votes[at], closer=tuple(closer))
+        verdicts = tuple(_verdict(votes[at], now, cards) for at in range(len(handed)))
+        await call.send(schema.encode(PutReply(verdicts=verdicts, contacts=tuple(cards.raw))))
 
     async def _mend(self, call: IncomingCall) -> None:
         request = schema.decode(call.body, MendRequest)
@@ -132,7 +141,7 @@ class Holder:
 
     async def _ask_for_more(self, kind: Kind, key: bytes) -> None:
         try:
-            found = await self._parts.searches.read(kind, key, never)
+            found = await self._parts.searches.read(kind, key)
             self._parts.searches.adopt(kind, found)
         except P2PMoEError as error:
             telemetry.emit("dht.mend.failed", error=error)
@@ -163,11 +172,19 @@ class Holder:
         record = self._parts.contacts.record(peer)
         return None if record is None else record.raw
 
-    def _closer(self, target: bytes, asker: PeerId) -> list[PeerId]:
-        searches = self._parts.searches
-        return self._parts.contacts.table.closest(
-            target, searches.k, lambda peer: peer != asker and searches.usable(peer)
-        )
+    def _closer(self, target: bytes, asker: PeerId, known: Sequence[bytes] = ()) -> list[PeerId]:
+        """The closest; of those to whom r are `known` only what is missing between them."""
+        searches, table = self._parts.searches, self._parts.contacts.table
+
+        def named(peer: PeerId) -> bool:
+            return peer != asker and searches.usable(peer)
+
+        if len(known) < MOST_HOLDERS:
+            return table.closest(target, searches.k, named)
+        rest = bytes(ID_BYTES - NAME_BYTES)
+        farthest = max(distance(name + rest, target) for name in known)
+        near = table.within(target, farthest)
+        return [peer for peer in near if peer.raw[:NAME_BYTES] not in known and named(peer)]
 
     # --------------------------------------------------------------------------------- decisions
     async def put(self, record: Signed[Any], transfer: Signed[Transfer] | None = None) -> Vote:
@@ -177,7 +194,15 @@ class Holder:
         if isinstance(outcome, AskFirst):
             outcome = await self._grant(outcome.lease, outcome.transfer)
         telemetry.count("p2pmoe_dht_puts_total", result=type(outcome).__name__.lower())
-        return vote_of(outcome)
+        vote = vote_of(outcome)
+        return vote if self._comes_first(record, now) else replace(vote, why=vote.why or "later")
+
+    def _comes_first(self, record: Signed[Any], now: float) -> bool:
+        """Whether no other manifest of the name was here before this one."""
+        if record.kind is not Kind.MANIFEST:
+            return True
+        first = self._parts.store.get(record.body.key, now, kind=Kind.MANIFEST)
+        return not first or first[0].signed.digest == record.digest
 
     async def _grant(self, lease: Signed[Lease], transfer: Signed[Transfer] | None) -> Put:
         """L1: dial the publisher back, ask the others, then decide."""
@@ -234,6 +259,9 @@ def vote_of(outcome: Put) -> Vote:
             return Vote("refused", outcome.why, outcome.number, owner)
 
 
-def _verdict(vote: Vote, now: float) -> Verdict:
+def _verdict(vote: Vote, now: float, cards: Cards) -> Verdict:
     owner = None if vote.owner is None else copy_of(vote.owner, now)
-    return Verdict(outcome=vote.outcome, why=vote.why, number=vote.number, owner=owner)
+    closer = tuple(place for peer in vote.closer if (place := cards.place(peer)) is not None)
+    return Verdict(
+        outcome=vote.outcome, why=vote.why, number=vote.number, owner=owner, closer=closer
+    )

@@ -16,7 +16,8 @@ import trio
 from p2pmoe.errors import NodeClosed, P2PMoEError, PeerBusy
 
 T = TypeVar("T")
-MOST_WAITING = 1024  # jobs that are handed over and not begun; a guess
+MOST_WAITING = 1024  # jobs that are handed over before the first may begin; a guess
+MOST_RUNNING = 4096  # jobs at once; four times a question to everybody in a swarm of 1,000
 
 Job = Callable[[], Awaitable[object]]
 Abandon = Callable[[], None]
@@ -25,17 +26,17 @@ Abandon = Callable[[], None]
 class Promise(Generic[T]):
     """A value that comes later, or the error instead of it."""
 
-    __slots__ = ("_error", "_ready", "_value")
+    __slots__ = ("_error", "_ready", "value")
 
     def __init__(self) -> None:
         self._ready = trio.Event()
-        self._value: T | None = None
+        self.value: T | None = None  # once it is there
         self._error: P2PMoEError | None = None
 
     def keep(self, value: T) -> None:
         """Here is the value; what came first stays."""
         if not self._ready.is_set():
-            self._value = value
+            self.value = value
             self._ready.set()
 
     def fail(self, error: P2PMoEError) -> None:
@@ -44,12 +45,16 @@ class Promise(Generic[T]):
             self._error = error
             self._ready.set()
 
+    async def ended(self) -> None:
+        """Wait for the value or the error."""
+        await self._ready.wait()
+
     async def wait(self) -> T:
         """The value, once it is there; raises the error, a copy for each that waits."""
         await self._ready.wait()
         if self._error is not None:
             raise copy.copy(self._error)
-        return cast("T", self._value)
+        return cast("T", self.value)
 
 
 async def together(asks: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
@@ -75,38 +80,53 @@ class Jobs:
     """Runs what is handed to it until it is cancelled."""
 
     def __init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[tuple[Job, Abandon]](MOST_WAITING)
+        self._waiting: list[tuple[Job, Abandon]] = []
+        self._nursery: trio.Nursery | None = None
+        self._running = 0
+        self._ended = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Begin every job as it comes. Its end, by cancelling, is the end of all jobs."""
         try:
-            async with trio.open_nursery() as jobs:
+            await trio.lowlevel.checkpoint()
+            async with trio.open_nursery() as self._nursery:
+                for job, _ in self._waiting:
+                    self._begin(job)
+                self._waiting.clear()
                 task_status.started()
-                async for job, _ in self._receive:
-                    jobs.start_soon(job)
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    self._nursery = None
         finally:
-            self._abandon_the_rest()
+            self._ended = True
+            for _, abandoned in self._waiting:
+                abandoned()
 
     def start(self, job: Job, abandoned: Abandon) -> None:
         """Hand a job over. If it is never begun, `abandoned` is called when the node ends.
 
         Raises `NodeClosed` after the end, `PeerBusy` when too many wait to begin.
         """
-        try:
-            self._send.send_nowait((job, abandoned))
-        except trio.BrokenResourceError:
-            raise NodeClosed("the node was closed") from None
-        except trio.WouldBlock:
-            raise PeerBusy(f"{MOST_WAITING} questions wait here already") from None
+        if self._ended:
+            raise NodeClosed("the node was closed")
+        if len(self._waiting) == MOST_WAITING or self._running == MOST_RUNNING:
+            raise PeerBusy(f"{len(self._waiting) or self._running} questions wait here already")
+        if self._nursery is None:
+            self._waiting.append((job, abandoned))
+        else:
+            self._begin(job)
 
-    def _abandon_the_rest(self) -> None:
-        while True:
-            try:
-                _, abandoned = self._receive.receive_nowait()
-            except trio.WouldBlock:
-                break
-            abandoned()
-        self._receive.close()
+    def _begin(self, job: Job) -> None:
+        assert self._nursery is not None
+        self._running += 1
+        self._nursery.start_soon(self._do, job)
+
+    async def _do(self, job: Job) -> None:
+        try:
+            await job()
+        finally:
+            self._running -= 1
 
 
 class Flights(Generic[T]):
@@ -120,7 +140,7 @@ class Flights(Generic[T]):
         """The result of `ask()`, or of the one that is on its way for the same key."""
         promise = self._flying.get(key)
         if promise is None:
-            promise = Promise[T]()
+            promise = Promise()
             self._jobs.start(partial(self._fly, key, promise, ask), partial(self._land, key))
             self._flying[key] = promise
         return await promise.wait()

@@ -17,7 +17,7 @@ from typing import Generic, Literal, TypeVar
 
 from p2pmoe.dht.messages import Lease
 from p2pmoe.errors import P2PMoEError
-from p2pmoe.identity import PeerId, distance
+from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.schema import SignedPayload
 
@@ -77,12 +77,16 @@ LeaseCopy = RecordCopy[Lease]
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one holder made of a record; the words are those of `messages.Verdict`."""
+    """What one holder made of a record; the words are those of `messages.Verdict`.
+
+    `closer` are peers that it names because they should hold the record and were not asked.
+    """
 
     outcome: Literal["stored", "stale", "refused", "full", "abstained"]
     why: str = ""
     number: int = 0
     owner: LeaseCopy | None = None
+    closer: tuple[PeerId, ...] = ()
 
 
 # ------------------------------------------------------------------------------------- quorums
@@ -98,7 +102,8 @@ def holders(
     own records, so it works at once.
     """
     peers = set(others) if own is None else {*others, own}
-    return sorted(peers, key=lambda peer: distance(peer.raw, key))[:most]
+    number = int.from_bytes(key, "big")
+    return sorted(peers, key=lambda peer: peer.number ^ number)[:most]
 
 
 def quorum(count: int) -> int:

@@ -22,6 +22,7 @@ from p2pmoe.wire.envelope import Kind
 from p2pmoe.wire.schema import (
     U16,
     U64,
+    Bytes8,
     Bytes32,
     Envelope,
     Message,
@@ -41,6 +42,7 @@ MAX_RECORDS = 256  # records under one key in one answer
 MAX_COORDINATES = 1024  # of one publisher below one prefix; about 3 kB
 MAX_TTL_MS = 600_000  # longest lifetime that a record may ask for; holders cap it further
 MAX_LEFT_MS = 86_400_000  # longest that any record has left: a day, of a snapshot's
+MAX_NAMED = 8  # holders that one put names; r is 5
 MAX_KEEPERS = 4  # peers that one statement names for copies of a snapshot; a guess
 GRID_DIMENSIONS = 4
 GRID_SIZE = 65_536  # cells along one dimension
@@ -198,12 +200,14 @@ class FindRequest(Message, frozen=True, kw_only=True):
 class KeyQuery(Message, frozen=True, kw_only=True):
     """One key, and which kind of record is wanted; none for whatever is there.
 
-    `after` goes on behind that publisher when an answer had `more`.
+    `after` goes on behind that publisher when an answer had `more`. Peers whose ids begin as those
+    `known` are not named in the answer.
     """
 
     key: Bytes32
     kind: StoredKind | None = None
     after: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    known: Annotated[tuple[Bytes8, ...], msgspec.Meta(max_length=MAX_NAMED)] = ()
 
 
 class GetRequest(Message, frozen=True, kw_only=True):
@@ -216,12 +220,14 @@ class RecordPut(Message, frozen=True, kw_only=True):
     """A record to hold. Only a manifest may come from another peer than its signer.
 
     With a lease comes, where it was handed over, the sealed `transfer` of the owner before. A
-    transfer by itself is for the peer that it names, and an offer.
+    transfer by itself is for the peer that it names, and an offer. Who names the `holders` that a
+    record goes to, by the first bytes of their ids, wants to hear of closer ones.
     """
 
     kind: HandedKind
     record: Envelope
     transfer: Envelope = b""
+    holders: Annotated[tuple[Bytes8, ...], msgspec.Meta(max_length=MAX_NAMED)] = ()
 
 
 class PutRequest(Message, frozen=True, kw_only=True):
@@ -280,18 +286,22 @@ class Verdict(Message, frozen=True, kw_only=True):
     `stored`; `stale`: a newer one of the same publisher is held; `refused`: `why` says the rule;
     `full`: no room, which is no error; `abstained`: this holder may not grant yet. A refusal
     because of another owner carries the `owner`'s lease; `number` is the highest one remembered.
+    A manifest that is `stored` behind another of its name says why: `later`. `closer` are places in
+    the reply's `contacts` of peers that should hold the record and were not named.
     """
 
     outcome: Literal["stored", "stale", "refused", "full", "abstained"]
     why: Text24 = ""
     number: U64 = 0
     owner: Copy | None = None
+    closer: Annotated[tuple[U16, ...], msgspec.Meta(max_length=MAX_NAMED)] = ()
 
 
 class PutReply(Message, frozen=True, kw_only=True):
-    """Verdicts in the order of the records."""
+    """Verdicts in the order of the records, and sealed peer records of closer peers."""
 
     verdicts: Annotated[tuple[Verdict, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+    contacts: Annotated[tuple[Envelope, ...], msgspec.Meta(max_length=MAX_CONTACTS)] = ()
 
 
 class MendReply(Message, frozen=True, kw_only=True):

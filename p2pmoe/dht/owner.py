@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 import trio
@@ -22,6 +21,7 @@ import trio
 from p2pmoe import telemetry
 from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.claims import Again, Claim, Lost, TooFew
+from p2pmoe.dht.direct import Place
 from p2pmoe.dht.leases import (
     Granted,
     LeaseBook,
@@ -34,7 +34,8 @@ from p2pmoe.dht.leases import (
 )
 from p2pmoe.dht.messages import Lease, PrefixRecord, Transfer, key_of
 from p2pmoe.dht.reading import never
-from p2pmoe.dht.search import Place, Searches
+from p2pmoe.dht.search import Searches
+from p2pmoe.dht.writing import PutHere, Writer
 from p2pmoe.errors import LeaseLost, LocalProtocolError, P2PMoEError, QuorumNotReached
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind, Signed
@@ -45,7 +46,6 @@ MOST_OFFERS = 64  # leases that others handed over, not claimed yet; a guess
 
 Seal = Callable[[Any, Kind], Signed[Any]]
 OnTransfer = Callable[[bytes, str, PeerId], bool]  # grid, uid, and who hands it over
-PutHere = Callable[[Signed[Any], Signed[Transfer] | None], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ class Owner:
     def __init__(self, parts: OwnerParts, params: LeaseParams, rng: random.Random) -> None:
         self._parts, self._params, self._rng = parts, params, rng
         self.book = LeaseBook(params)
+        self._writer = Writer(parts.place, parts.asks, parts.searches, parts.put_here)
         self._claiming: dict[LeaseName, trio.Event] = {}
         self._offers: dict[LeaseName, Signed[Transfer]] = {}  # to this peer
         self._handing: dict[LeaseName, int] = {}  # leases ended here, and not yet taken
@@ -112,7 +113,7 @@ class Owner:
         if isinstance(look, Lost):
             raise LeaseRefused(owner=look.owner, expert=name[1])
         lease = self._lease(name, look.number, self._params.ttl)
-        votes = await self.write(found.holders, lease, transfer)
+        votes = await self._writer.put_at(found.holders, lease, transfer)
         outcome = claim.count(lease, list(votes.values()), asked)
         if isinstance(outcome, Granted):
             self.book.granted(name, look.number, asked_at)
@@ -120,7 +121,7 @@ class Owner:
             self._announce_soon()
             telemetry.emit("dht.lease.granted", uid=name[1], number=look.number)
             return None
-        await self.write(found.holders, self._lease(name, look.number, 0))
+        await self._writer.put_at(found.holders, self._lease(name, look.number, 0))
         match outcome:
             case Lost():
                 raise LeaseRefused(owner=outcome.owner, expert=name[1])
@@ -203,7 +204,7 @@ class Owner:
         if number is None:  # withdrawn meanwhile: a renewal must not follow that
             return
         lease = self._lease(name, number, self._params.ttl)
-        votes = await self.write(found.holders, lease)
+        votes = await self._writer.put_at(found.holders, lease)
         outcome = tally(lease, list(votes.values()), len(found.holders), renewal=True)
         if self.book.number(name, trio.current_time()) != number:  # withdrawn, or too late
             return
@@ -248,48 +249,18 @@ class Owner:
     async def publish(self, record: Signed[Any]) -> None:
         """Put a record at whoever is closest now; who cannot be reached is not waited for."""
         try:
-            found = await self._parts.searches.nearest(record.body.key)
-            await self.write(found.holders, record)
+            await self._writer.put(record)
         except P2PMoEError as error:
             telemetry.emit("dht.publish.failed", kind=record.kind, error=error)
 
     async def store(
         self, record: Signed[Any]
     ) -> tuple[tuple[PeerId, ...], tuple[PeerId, ...], str]:
-        """Put a record at whoever is closest now: who holds it, who does not, and why not."""
-        holders = (await self._parts.searches.nearest(record.body.key)).holders
-        votes = await self.write(holders, record)
+        """Put a record at whoever is closest now: who holds it, who does not, and what they say."""
+        holders, votes = await self._writer.put(record)
         stored = tuple(holder for holder, vote in votes.items() if vote.outcome == "stored")
         failed = tuple(holder for holder in holders if holder not in stored)
         return stored, failed, ", ".join(sorted({vote.why for vote in votes.values() if vote.why}))
-
-    async def write(
-        self,
-        holders: Sequence[PeerId],
-        record: Signed[Any],
-        transfer: Signed[Transfer] | None = None,
-    ) -> dict[PeerId, Vote]:
-        """What each holder that answers makes of a record."""
-        votes: dict[PeerId, Vote] = {}
-        async with trio.open_nursery() as writes:
-            for holder in holders:
-                write = partial(self._write_at, holder, record, transfer)
-                writes.start_soon(write, votes)
-        return votes
-
-    async def _write_at(
-        self,
-        holder: PeerId,
-        record: Signed[Any],
-        transfer: Signed[Transfer] | None,
-        votes: dict[PeerId, Vote],
-    ) -> None:
-        here = holder == self._parts.place.own
-        put = self._parts.put_here if here else partial(self._parts.asks.put, holder)
-        try:
-            votes[holder] = await put(record, transfer)
-        except P2PMoEError:  # marked and told about where it was asked; it has no vote
-            return
 
     def _lease(self, name: LeaseName, number: int, ttl: float) -> Signed[Lease]:
         epoch, incarnation = self._parts.version()

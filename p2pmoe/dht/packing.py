@@ -23,7 +23,10 @@ from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind
 
 ANSWER_BYTES = 48 * 1024  # of records and contacts; a control frame has 64 KiB
+CARD_BYTES = 24 * 1024  # of contacts that go with verdicts; at most MAX_CONTACTS of them
 ENTRY_BYTES = 64  # around one record, contact or answer in CBOR; measured, rounded up
+
+_OF_WHOM = {Kind.LEASE, Kind.SNAPSHOT}  # the publisher is called; of a dictionary by its lease
 
 Card = Callable[[PeerId], bytes | None]  # the sealed record of a peer, if one is known
 
@@ -32,6 +35,27 @@ def copy_of(held: Held | RecordCopy[Any], now: float) -> Copy:
     """A record as it travels: with what is left of its lifetime."""
     left_ms = max(0, int((held.expires_at - now) * 1000))
     return Copy(record=held.signed.raw, left_ms=min(left_ms, MAX_LEFT_MS))
+
+
+class Cards:
+    """Contacts that go along with an answer, each once, as far as there is room."""
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+        self._places: dict[PeerId, int] = {}
+        self._bytes = 0
+        self.raw: list[bytes] = []
+
+    def place(self, peer: PeerId) -> int | None:
+        """Where a peer's record stands; None when none is known or there is no room."""
+        if peer not in self._places:
+            raw = self._card(peer)
+            if raw is None or self._bytes + len(raw) > CARD_BYTES:
+                return None
+            self._bytes += len(raw) + ENTRY_BYTES
+            self._places[peer] = len(self.raw)
+            self.raw.append(raw)
+        return self._places[peer]
 
 
 class Packer:
@@ -53,7 +77,7 @@ class Packer:
         for held in records[:MAX_RECORDS]:
             before = len(self._contacts), self._bytes
             copy = copy_of(held, self._now)
-            if held.signed.kind is not Kind.PREFIX:  # whoever is called has a lease as well
+            if held.signed.kind in _OF_WHOM:
                 self._place(held.signed.signer)
             self._bytes += len(copy.record) + ENTRY_BYTES
             if copies and self._full:

@@ -24,11 +24,15 @@ from p2pmoe.wire.envelope import Kind, Signed
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A key to get, and what kind of record lies there; None for whatever does."""
+    """A key to get, and what kind of record lies there; None for whatever does.
+
+    `known` peers, by how their ids begin, need not be named.
+    """
 
     kind: Kind | None
     key: bytes
     after: bytes = b""
+    known: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,11 @@ def majority_agrees(answers: Sequence[Answer], asked: int) -> bool:
     """A quorum names the same publisher of a lease, or the same manifest, first."""
     named = Counter(_named(answer.records[0].signed) for answer in answers if answer.records)
     return max(named.values(), default=0) >= quorum(asked)
+
+
+def needed(enough: Enough, asked: int) -> int:
+    """How many of the r closest are enough by this rule if they agree."""
+    return quorum(asked) if enough is majority_agrees else asked
 
 
 def _named(first: Signed[Any]) -> object:

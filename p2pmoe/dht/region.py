@@ -58,6 +58,11 @@ class NetworkSize:
         fresh = [each.peers for each in measures if each.at + MEASURE_AGE > now]
         return statistics.median(fresh) if len(fresh) >= LEAST_MEASURES else None
 
+    def about(self, now: float) -> float:
+        """As `estimate`, from as few lookups as there were; 0 when none has found k."""
+        fresh = [each.peers for each in self._measures.values() if each.at + MEASURE_AGE > now]
+        return statistics.median(fresh) if fresh else 0.0
+
     def is_crowded(self, target: bytes, closest: Sequence[PeerId], now: float) -> bool:
         """Whether the k closest lie nearer to a place than honest ones would."""
         peers = self.estimate(now)

@@ -169,6 +169,17 @@ class RoutingTable:
                 break
         return nearest[:count]
 
+    def within(self, target: bytes, away: int) -> list[PeerId]:
+        """The contacts that are nearer to `target` than `away`, nearest first."""
+        number = int.from_bytes(target, "big")
+        near = [
+            peer
+            for bucket in self._buckets
+            for peer in bucket.contacts
+            if peer.number ^ number < away
+        ]
+        return sorted(near, key=lambda peer: peer.number ^ number)
+
     def to_check(self, now: float) -> list[PeerId]:
         """Contacts to ask for a sign of life: the most silent ones, if they are silent for long."""
         due = now - self._params.check_after

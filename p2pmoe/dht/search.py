@@ -3,8 +3,9 @@
 The cores decide whom to ask and who won; this file asks. A search ends when the closest peers have
 answered, or earlier, when enough of the r closest that are known agree. Equal searches share one.
 Puts and leases go by two disjoint paths where the swarm is large enough for two, everything by four
-in hostile mode. A key with more ids around it than there would be by chance is searched for in a
-whole region. Holders that lack what others named are told so afterwards.
+in hostile mode. Whoever knows most peers there are asks the closest directly (`direct`). A key with
+more ids around it than there would be by chance is searched for in a whole region. Holders that
+lack what others named are told so afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import trio
 from p2pmoe import telemetry
 from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.direct import Direct, Place, names
 from p2pmoe.dht.jobs import Flights, Jobs
 from p2pmoe.dht.leases import MOST_HOLDERS, RecordCopy, holders
 from p2pmoe.dht.lookup import Lookup, LookupParams
@@ -48,21 +50,7 @@ MOST_MENDED = 4096  # holders and keys that were told lately; a guess
 
 _BY_ALL = {all_answered, all_reached}  # rules for which one path alone may be led astray
 
-Ask = Callable[[PeerId], Awaitable[Answer]]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """This peer in the key space. `holds` says whether it can be dialled, now."""
-
-    own: PeerId
-    holds: Callable[[], bool]
-    usable: Callable[[PeerId], bool]
-
-    @property
-    def holder(self) -> PeerId | None:
-        """Itself, if it may hold records."""
-        return self.own if self.holds() else None
+Ask = Callable[[PeerId, tuple[PeerId, ...]], Awaitable[Answer]]  # and whom it need not name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +73,7 @@ class _Search:
     enough: Enough
     answers: dict[PeerId, Answer]
     patient: bool = True
+    known: tuple[PeerId, ...] = ()  # the closest, where it began at them
 
 
 class Searches:
@@ -104,6 +93,8 @@ class Searches:
         self._flights: Flights[Searched] = Flights(jobs)
         self._mended: dict[tuple[PeerId, bytes], float] = {}  # when
         self.size = NetworkSize(params.lookup.k)
+        k = 0 if params.hostile else params.lookup.k
+        self.direct = Direct(place, contacts, asks, self.size, k)
 
     @property
     def k(self) -> int:
@@ -112,15 +103,14 @@ class Searches:
 
     async def find(self, target: bytes) -> Searched:
         """The peers closest to a place. Those that are found were all reached just now."""
-        ask = partial(self._asks.find, target=target)
-        search = _Search(target, ask, never, {})
+        search = _Search(target, partial(self._find, target=target), never, {})
         return await self._flights.share(target, partial(self._search, search, careful=True))
 
     async def nearest(self, key: bytes) -> Searched:
         """The r peers closest to a key, who were all reached just now; sooner than by `find`."""
         if self._params.hostile:
             return await self.find(key)
-        search = _Search(key, partial(self._asks.find, target=key), all_reached, {}, patient=False)
+        search = _Search(key, partial(self._find, target=key), all_reached, {}, patient=False)
         found = partial(self._search, search, careful=True)
         return await self._flights.share((key, all_reached), found)
 
@@ -143,21 +133,31 @@ class Searches:
 
     def usable(self, peer: PeerId) -> bool:
         """Whether a question to this peer may be answered."""
-        now = trio.current_time()
-        return self._place.usable(peer) and not self._contacts.avoided(peer, now)
+        return self.direct.usable(peer)
 
     # ------------------------------------------------------------------------------- carried out
     async def _read(self, kind: Kind, search: _Search) -> Searched:
         search.answers.update(self._own_answer(Question(kind, search.target)))
-        found = await self._search(search, careful=kind is Kind.LEASE)
+        careful = kind is Kind.LEASE
+        found = None
+        if not search.patient:
+            own = search.answers
+            found = await self.direct.read(kind, search.target, search.enough, own, careful=careful)
+        found = found or await self._search(search, careful=careful)
         self._mend(kind, search.target, found)
         return found
 
     async def _search(self, search: _Search, *, careful: bool) -> Searched:
         table, target = self._contacts.table, search.target
         began = trio.current_time()
+        seeds = self.direct.closest_known(target, careful=careful)
         params = self._width(careful=careful)
-        lookup = await self._look_up(search, table.closest(target, self.k, self.usable), params)
+        search.known = tuple(seeds)
+        if seeds:
+            params = replace(params, paths=1)
+        else:
+            seeds = table.closest(target, self.k, self.usable)
+        lookup = await self._look_up(search, seeds, params)
         closest, now = lookup.result(), trio.current_time()
         if crowded := self.size.is_crowded(target, closest, now):
             telemetry.emit("dht.key.crowded", key=target)
@@ -177,7 +177,8 @@ class Searches:
             most = self.k if self._params.hostile else MOST_HOLDERS  # of 5, all lie in one of 32
             found = holders(target, known, self._place.holder, most)
         now = trio.current_time()
-        table.looked_up(target, now)
+        if lookup.done or not search.known:
+            table.looked_up(target, now)
         summary = lookup.summary(now)
         telemetry.emit(
             "dht.lookup.finished",
@@ -212,9 +213,10 @@ class Searches:
         async with trio.open_nursery() as questions:
             while not lookup.done and not self._settled(lookup, search):
                 now = trio.current_time()
-                for peer in lookup.wanted(now, 0 if search.patient else MOST_HOLDERS):
+                front = 0 if search.patient else MOST_HOLDERS
+                for peer in lookup.wanted(now, front):
                     if self.usable(peer):
-                        questions.start_soon(self._ask, search.ask, peer, came_send)
+                        questions.start_soon(self._ask, search, peer, came_send)
                     else:
                         came_send.send_nowait((peer, None))
                 with trio.move_on_at(lookup.next_deadline(now)):
@@ -228,24 +230,30 @@ class Searches:
 
     async def _ask(
         self,
-        ask: Ask,
+        search: _Search,
         peer: PeerId,
         came: trio.MemorySendChannel[tuple[PeerId, Answer | None]],
     ) -> None:
         try:
-            answer: Answer | None = await ask(peer)
+            answer: Answer | None = await search.ask(peer, search.known)
         except P2PMoEError:  # marked and told about where it was asked
             answer = None
         came.send_nowait((peer, answer))
 
-    async def _get_pages(self, peer: PeerId, question: Question) -> Answer:
+    async def _find(self, peer: PeerId, _known: tuple[PeerId, ...], target: bytes) -> Answer:
+        return await self._asks.find(peer, target)
+
+    async def _get_pages(
+        self, peer: PeerId, known: tuple[PeerId, ...], question: Question
+    ) -> Answer:
+        question = replace(question, known=names(known))
         first = page = await self._asks.get(peer, question)
         records = list(page.records)
         for _ in range(MOST_PAGES):
             if not (page.more and page.records and question.kind is Kind.PREFIX):
                 break
             after = page.records[-1].signed.signer.raw
-            page = await self._asks.get(peer, Question(question.kind, question.key, after))
+            page = await self._asks.get(peer, replace(question, after=after))
             records += page.records
         return Answer(first.closer, tuple(records), first.number)
 

@@ -19,17 +19,18 @@ import trio
 
 from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.contacts import ContactParams, Contacts
+from p2pmoe.dht.direct import Place
 from p2pmoe.dht.holder import Holder, HolderParts
 from p2pmoe.dht.jobs import Jobs, together
 from p2pmoe.dht.keeping import Clocks, Keeper
-from p2pmoe.dht.leases import LeaseParams, LeaseView, most_named
+from p2pmoe.dht.leases import LeaseParams, LeaseView, most_named, quorum
 from p2pmoe.dht.leases import LeaseRefused as LeaseRefused
 from p2pmoe.dht.messages import NO_GRID, Manifest, SnapshotRecord, key_of
 from p2pmoe.dht.neighbours import NeighbourParts, Neighbours, Sign
 from p2pmoe.dht.owner import OnTransfer, Owner, OwnerParts
 from p2pmoe.dht.reading import Searched, first_named, newest, saved
 from p2pmoe.dht.records import RecordParams, RecordStore
-from p2pmoe.dht.search import Place, Searches, SearchParams
+from p2pmoe.dht.search import Searches, SearchParams
 from p2pmoe.errors import P2PMoEError, QuorumNotReached
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.net.pool import Pool
@@ -173,8 +174,10 @@ class DhtService:
         Raises `QuorumNotReached` when nobody stored it.
         """
         name = manifest.body.name
-        stored, failed, _ = await self._owner.store(manifest)
+        stored, failed, said = await self._owner.store(manifest)
         self._absent.pop(manifest.body.key, None)
+        if len(stored) >= quorum(len(stored) + len(failed)) and not said:  # at all it comes first
+            self._pinned.setdefault(name, manifest)
         winner = await self.get_manifest(name)
         if winner is None:
             raise QuorumNotReached(f"nobody stored the manifest of {name}", needed=1)

@@ -65,11 +65,12 @@ class Shelves:
         self._ending: list[tuple[float, Place]] = []  # a heap; what was replaced stays until then
         self._ended: dict[Place, Held] = {}  # first ended first
         self._ended_bytes = 0
+        self._entries = 0
         self.bytes = 0
         self.changes: dict[Place, None] | None = None  # since they were last taken; None: not noted
 
     def __len__(self) -> int:
-        return sum(len(entries) for entries in self._keys.values())
+        return self._entries
 
     def __iter__(self) -> Iterator[tuple[Place, Held]]:
         return (
@@ -148,6 +149,7 @@ class Shelves:
 
     def _put_in(self, place: Place, held: Held) -> None:
         self._keys.setdefault(place[0], {})[place[1]] = held
+        self._entries += 1
         self._publishers.setdefault(held.signed.signer, {})[place] = held
         self._count(held, held.charge)
         heapq.heappush(self._ending, (held.expires_at, place))
@@ -159,6 +161,7 @@ class Shelves:
     def _take_out(self, place: Place, held: Held) -> None:
         """Its key stays, even if it is empty now."""
         del self._keys[place[0]][place[1]]
+        self._entries -= 1
         own = self._publishers[held.signed.signer]
         del own[place]
         if not own:

@@ -12,6 +12,7 @@ import trio
 from p2pmoe.dht.leases import LeaseView
 from p2pmoe.dht.messages import PutReply, PutRequest, Verdict
 from p2pmoe.dht.records import RecordParams
+from p2pmoe.dht.search import SearchParams
 from p2pmoe.dht.service import DhtParams, DhtService
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.net.connection import IncomingCall
@@ -65,6 +66,7 @@ class Town:
         amnesia: bool = False,
         cells: int = 64,
         folder: Path | None = None,
+        hostile: bool = False,
     ) -> Peer:
         """Start peer `number`; it joins by these peers, or else by all that are open."""
         keys, host = KeyPair.from_seed(bytes([number]) * 32), f"h{number}"
@@ -77,7 +79,10 @@ class Town:
         greeting = None if record is None else record.raw
         pool = Pool(transport, lambda: greeting, NETWORK, PoolParams(), dice(number))
         params = DhtParams(
-            amnesia=amnesia, records=RecordParams(leases_per_grid=cells), folder=folder
+            amnesia=amnesia,
+            records=RecordParams(leases_per_grid=cells),
+            search=SearchParams(hostile=hostile),
+            folder=folder,
         )
         dht = DhtService(pool, keys, NETWORK, lambda: record, params, dice(number))
         peer = Peer(keys, host, pool, dht, trio.CancelScope())

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from p2pmoe.dht.asks import ASK_LIMIT, BATCH_BYTES, LINGER, STALLED, VERIFY_AT_ONCE, Asks
+from p2pmoe.dht.asks import ASK_LIMIT, BATCH_BYTES, STALLED, VERIFY_AT_ONCE, Asks
 from p2pmoe.dht.contacts import ContactParams, Contacts
 from p2pmoe.dht.jobs import Jobs
 from p2pmoe.dht.leases import Vote
@@ -106,7 +106,7 @@ async def test_an_answer_is_opened_and_its_contacts_are_learned(autojump_clock) 
         assert answer.closer == (BOB.peer_id,)
         assert (answer.number, answer.more) == (3, False)
         assert answer.records[0].signed == LEASE
-        assert answer.records[0].expires_at == asked_at + LINGER + 5.0
+        assert answer.records[0].expires_at == asked_at + 5.0
         assert contacts.contact(BOB.peer_id) is not None
         assert not contacts.was_dialled(BOB.peer_id)
 
@@ -161,7 +161,7 @@ async def test_a_refusal_names_the_owner_and_until_when(autojump_clock) -> None:
         assert (vote.outcome, vote.why, vote.number) == ("refused", "owned", 4)
         assert vote.owner is not None
         assert vote.owner.signed.signer == BOB.peer_id
-        assert vote.owner.expires_at == asked_at + LINGER + 7.0
+        assert vote.owner.expires_at == asked_at + 7.0
         assert (await asks.put(ANN.peer_id, dictionary(ANN, 1))).owner is None
 
 
@@ -185,7 +185,7 @@ async def test_a_peer_that_does_not_answer_in_time_is_avoided(autojump_clock) ->
         began = trio.current_time()
         with pytest.raises(CallTimeout):
             await asks.find(ANN.peer_id, place(1))
-        assert trio.current_time() - began == pytest.approx(3.0 + LINGER)
+        assert trio.current_time() - began == pytest.approx(3.0)
         assert contacts.avoided(ANN.peer_id, trio.current_time())
 
 
@@ -316,8 +316,6 @@ async def test_a_deadline_that_is_late_because_this_peer_stood_still_is_nobodys_
 
             async with trio.open_nursery() as questions:
                 questions.start_soon(ask)
-                await trio.testing.wait_all_tasks_blocked()
-                mock_clock.jump(LINGER)
                 await trio.testing.wait_all_tasks_blocked()
                 mock_clock.jump(ASK_LIMIT + late)
             assert isinstance(errors[0], CallTimeout if avoided else PeerBusy)

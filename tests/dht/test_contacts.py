@@ -247,6 +247,17 @@ def test_the_limits_of_networks_are_those_of_the_table() -> None:
     assert one.was_dialled(BOB.peer_id)  # it is there, but in no answer of ours
 
 
+def test_whom_this_peer_or_the_membership_has_reached_is_met_until_it_fails() -> None:
+    one = contacts()
+    one.learn(card(ANN, "10.0.0.1:1"))
+    one.alive(card(BOB, "10.0.0.2:1"))
+    assert one.met() == [BOB.peer_id]
+    one.dialled(ANN.peer_id, 0.0)
+    assert set(one.met()) == {ANN.peer_id, BOB.peer_id}
+    one.failed(BOB.peer_id, 0.0)
+    assert one.met() == [ANN.peer_id]
+
+
 def test_who_is_connected_and_was_late_is_a_stray_when_it_may_be_asked_again() -> None:
     known = contacts(most_known=3)
     connected = {ANN.peer_id, BOB.peer_id}.__contains__

@@ -1,5 +1,7 @@
 """Work that outlives the call which began it."""
 
+from functools import partial
+
 import pytest
 import trio
 
@@ -60,6 +62,22 @@ async def test_too_many_jobs_are_refused_and_those_never_begun_are_told(autojump
         scope.cancel()
         await jobs.run()
     assert abandoned == list(range(MOST_WAITING))
+
+
+async def test_no_more_jobs_run_at_once_than_are_allowed(
+    autojump_clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pmoe.dht.jobs.MOST_RUNNING", 2)
+    jobs = Jobs()
+    async with trio.open_nursery() as parts:
+        await parts.start(jobs.run)
+        for _ in range(2):
+            jobs.start(partial(trio.sleep, 1), lambda: None)
+        with pytest.raises(PeerBusy):
+            jobs.start(partial(trio.sleep, 1), lambda: None)
+        await trio.sleep(2)
+        jobs.start(partial(trio.sleep, 1), lambda: None)
+        parts.cancel_scope.cancel()
 
 
 async def test_equal_questions_are_asked_once_whoever_goes_away(autojump_clock) -> None:

@@ -167,10 +167,9 @@ async def test_in_hostile_mode_everything_goes_by_four_paths_and_nothing_stops_e
     autojump_clock: object,
 ) -> None:
     async with town() as here:
-        peers = await swarm(here, 8)
-        searches = peers[0].dht._searches
-        assert searches._width(careful=True).paths == 1  # a small swarm
-        object.__setattr__(searches._params, "hostile", True)
+        peers = await swarm(here, 7)
+        assert peers[0].dht._searches._width(careful=True).paths == 1  # a small swarm
+        searches = (await here.open(8, by=peers[:1], hostile=True)).dht._searches
         assert searches._width(careful=False).paths == HOSTILE_PATHS
         await peers[1].dht.claim(GRID, UID)
         found = await searches.read(Kind.LEASE, LEASE_KEY)

@@ -1,7 +1,7 @@
 """Where a reply that is too long is cut."""
 
 from p2pmoe.dht.messages import MAX_CONTACTS
-from p2pmoe.dht.packing import ANSWER_BYTES, Packer
+from p2pmoe.dht.packing import ANSWER_BYTES, CARD_BYTES, Cards, Packer
 from p2pmoe.dht.records import Held
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.wire import schema
@@ -91,3 +91,14 @@ def test_the_same_questions_are_always_cut_in_the_same_place() -> None:
         replies.append(one.reply())
     assert replies[0] == replies[1]
     assert len(schema.encode(replies[0])) <= MAX_BYTES
+
+
+def test_contacts_that_go_with_verdicts_stand_there_once_as_far_as_there_is_room() -> None:
+    one = Cards(CARDS.get)
+    ann, bob = (keys.peer_id for keys in PEOPLE[:2])
+    assert [one.place(ann), one.place(bob), one.place(ann)] == [0, 1, 0]
+    assert one.place(PeerId(bytes(32))) is None
+    places = [one.place(keys.peer_id) for keys in MANY]
+    assert None in places
+    assert len(one.raw) <= MAX_CONTACTS
+    assert CARD_BYTES // 2 < sum(map(len, one.raw)) <= CARD_BYTES

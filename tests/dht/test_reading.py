@@ -13,6 +13,7 @@ from p2pmoe.dht.reading import (
     all_reached,
     first_named,
     lacking,
+    needed,
     never,
     newest,
     wanted_copies,
@@ -92,6 +93,11 @@ def test_a_quorum_that_agrees_is_enough_and_one_that_does_not_is_not() -> None:
     one, two = said(manifest(ANN)), said(manifest(ANN, created_ms=2))
     assert ENOUGH[Kind.MANIFEST]([one, two, one], 3)
     assert not ENOUGH[Kind.MANIFEST]([one, two], 3)
+
+
+def test_of_leases_and_manifests_a_quorum_is_needed_and_of_dictionaries_all() -> None:
+    assert needed(ENOUGH[Kind.LEASE], 5) == needed(ENOUGH[Kind.MANIFEST], 5) == 3
+    assert needed(ENOUGH[Kind.PREFIX], 5) == 5
 
 
 def test_dictionaries_are_read_from_all_and_nothing_is_believed_of_all_alone() -> None:

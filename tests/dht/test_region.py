@@ -95,3 +95,10 @@ def test_small_and_unmeasured_swarms_are_never_crowded() -> None:
     assert not NetworkSize(K).is_crowded(key, nearest(few, key, K), 0.0)
     assert not measured(swarm(100)).is_crowded(key, few[:7], 0.0)
     assert len(NetworkSize(K).region(key, few, 0.0)) == 12
+
+
+def test_one_lookup_tells_about_how_many_there_are_and_none_that_there_are_few() -> None:
+    assert NetworkSize(K).about(0.0) == 0.0
+    one = measured(swarm(1000), 1)
+    assert 300 < one.about(0.0) < 3000
+    assert one.about(7200.0) == 0.0

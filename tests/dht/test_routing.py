@@ -369,3 +369,13 @@ class TableAgainstAList(RuleBasedStateMachine):
 
 TestTableAgainstAList = TableAgainstAList.TestCase
 TestTableAgainstAList.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def test_the_contacts_within_a_distance_are_those_of_brute_force() -> None:
+    one, rng = table(RoutingParams()), dice(3)
+    for _ in range(200):
+        one.insert(peer(rng.getrandbits(256)), 0.0)
+    target, away = place(rng.getrandbits(256)), 2**253
+    number = int.from_bytes(target, "big")
+    within = {each for each in one.peers() if each.number ^ number < away}
+    assert one.within(target, away) == nearest(list(within), target, 200) != []

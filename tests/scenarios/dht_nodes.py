@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,10 +17,10 @@ from p2pmoe.dht.messages import Manifest
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.envelope import Signed
 from tests.dht.swarm_of_ids import GRID, dice
-from tests.scenarios.dht_peer import LOOPBACK, claim
+from tests.scenarios.dht_peer import LOOPBACK, PATIENT, claim
 
 ROOT = Path(__file__).parents[2]
-AT_ONCE = 4  # nodes that begin together: more only wait for the processor
+MANY = 8  # nodes in one process
 READY_LIMIT = 600.0  # seconds until all are there; a quiet machine needs a tenth
 
 
@@ -43,6 +44,7 @@ class Here:
             new_swarm=not peers,
             stop_within=0.0,  # its end is as sudden as a kill
             join_within=60.0,
+            pool=PATIENT,
         )
         with trio.CancelScope() as scope:
             async with open_node(config) as node:
@@ -54,11 +56,11 @@ class Here:
                 await trio.sleep_forever()
 
     async def open_many(self, count: int) -> None:
-        await self.open(0)
-        for start in range(1, count, AT_ONCE):
-            async with trio.open_nursery() as begins:
-                for number in range(start, min(count, start + AT_ONCE)):
-                    begins.start_soon(self.open, number)
+        """One after the other: together they hold this thread up so long that calls time out."""
+        for number in range(count):
+            await self.open(number)
+            if number >= MANY:
+                gc.freeze()  # a full collection of so many would hold all of them up for a second
 
     def kill(self, nodes: list[Node]) -> None:
         for node in nodes:
@@ -68,16 +70,11 @@ class Here:
 
 
 @contextmanager
-def processes(
-    address: str, count: int
-) -> Iterator[tuple[list[subprocess.Popen[str]], dict[str, str]]]:
-    """So many peers in processes of their own, and their uids by id; none outlives the block."""
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Peers in processes of their own, for `begin`; none outlives the block."""
     begun: list[subprocess.Popen[str]] = []
     try:
-        for number in range(count):
-            command = [sys.executable, "-m", "tests.scenarios.dht_peer", address, f"ffn.{number}.1"]
-            begun.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-        yield begun, {}
+        yield begun
     finally:
         for process in begun:
             process.kill()
@@ -86,12 +83,21 @@ def processes(
             process.stdout.close()
 
 
-async def ready(begun: list[subprocess.Popen[str]], uids: dict[str, str]) -> None:
-    for process in begun:
-        assert process.stdout is not None
-        line = await trio.to_thread.run_sync(process.stdout.readline)
-        uid, peer = line.split()
+async def begin(address: str, count: int, begun: list[subprocess.Popen[str]]) -> dict[str, str]:
+    """So many peers, one after the other; the uid that each one has, by its id."""
+    uids: dict[str, str] = {}
+    for number in range(count):
+        begun.append(_process(address, f"ffn.{number}.1"))
+        stdout = begun[-1].stdout
+        assert stdout is not None
+        uid, peer = (await trio.to_thread.run_sync(stdout.readline)).split()
         uids[peer] = uid
+    return uids
+
+
+def _process(address: str, uid: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.scenarios.dht_peer", address, uid]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 @dataclass

@@ -9,11 +9,14 @@ import trio
 
 from p2pmoe.dht.leases import LeaseRefused
 from p2pmoe.errors import QuorumNotReached
+from p2pmoe.net.pool import PoolParams
+from p2pmoe.net.quota import QuotaParams
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.address import Address
 from tests.dht.swarm_of_ids import GRID
 
 LOOPBACK = Address("127.0.0.1", 0)
+PATIENT = PoolParams(quota=QuotaParams(handshake=30.0, hello=30.0))  # all begin on few processors
 
 
 async def claim(node: Node, uid: str) -> None:
@@ -29,7 +32,9 @@ async def claim(node: Node, uid: str) -> None:
 
 async def main(address: str, uid: str) -> None:
     """Live until the process ends."""
-    config = NodeConfig(peers=(Address.parse(address),), listen=LOOPBACK, join_within=60.0)
+    config = NodeConfig(
+        peers=(Address.parse(address),), listen=LOOPBACK, join_within=60.0, pool=PATIENT
+    )
     async with open_node(config) as node:
         await claim(node, uid)
         sys.stdout.write(f"{uid} {node.id.hex}\n")

@@ -1,0 +1,248 @@
+"""Reads and writes at the closest that are known: when, at what cost, and in spite of liars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import trio
+
+from p2pmoe.dht.direct import SLOW
+from p2pmoe.dht.leases import MOST_HOLDERS, LeaseRefused, holders
+from p2pmoe.dht.messages import (
+    Copy,
+    Found,
+    FoundReply,
+    GetRequest,
+    PutReply,
+    PutRequest,
+    Verdict,
+    key_of,
+)
+from p2pmoe.dht.region import LEAST_MEASURES, MOST_MEASURES, _Measure
+from p2pmoe.identity import PeerId
+from p2pmoe.net.connection import Handler, IncomingCall
+from p2pmoe.wire import schema
+from p2pmoe.wire.envelope import Kind, Signed
+from tests.dht.peers import UID, Peer, Town, owner_of, swarm, town
+from tests.dht.swarm_of_ids import GRID, lease, manifest, place
+from tests.dht.test_writing import holding, questions
+
+LEASE_KEY = key_of(Kind.LEASE, GRID, UID)
+
+
+async def settled(here: Town, number: int = 10) -> list[Peer]:
+    """Peers that have all met."""
+    peers = await swarm(here, number)
+    await trio.sleep(2)
+    return peers
+
+
+async def count(peer: Peer) -> None:
+    """Let a peer know from several lookups how many there are."""
+    for where in range(LEAST_MEASURES):
+        await peer.dht._searches.find(place(where << 248))
+
+
+def order(peers: Sequence[Peer], key: bytes) -> list[Peer]:
+    """Who holds a key, closest first, and behind them the others."""
+    by_id = {peer.id: peer for peer in peers}
+    return [by_id[each] for each in holders(key, by_id, None, len(peers))]
+
+
+async def seen(reader: Peer) -> tuple[PeerId, int] | None:
+    """Whom a reader takes for the owner, and the number of its lease."""
+    view = await owner_of(reader)
+    return None if view is None else (view.peer, view.number)
+
+
+def lie(peer: Peer, record: Signed[Any], closer: Sequence[Signed[Any]] = ()) -> None:
+    """From now on this is all that the peer holds and knows, whatever is put there."""
+    places = tuple(range(len(closer)))
+    cards = tuple(each.raw for each in closer)
+
+    async def get(call: IncomingCall) -> None:
+        count = len(schema.decode(call.body, GetRequest).keys)
+        copies = (Copy(record=record.raw, left_ms=30_000),)
+        one = Found(closer=places, records=copies, number=99)
+        await call.send(schema.encode(FoundReply(answers=(one,) * count, contacts=cards)))
+
+    async def put(call: IncomingCall) -> None:
+        count = len(schema.decode(call.body, PutRequest).records)
+        await call.send(schema.encode(PutReply(verdicts=(Verdict(outcome="stored"),) * count)))
+
+    peer.pool.handlers |= {"dht.get": get, "dht.put": put}
+
+
+def forget(reader: Peer, peer: PeerId) -> None:
+    reader.dht._contacts.table.remove(peer)
+    del reader.dht._contacts._known[peer]
+
+
+# ----------------------------------------------------------------------------------------- when
+async def test_a_lease_is_read_directly_once_several_lookups_told_how_many_peers_there_are(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        direct = peers[0].dht._searches.direct
+        assert direct.closest_known(LEASE_KEY, careful=True) == []
+        nearest = holders(LEASE_KEY, [peer.id for peer in peers[1:]], None, 8)
+        assert direct.closest_known(LEASE_KEY, careful=False) == nearest
+        await count(peers[0])
+        assert direct.closest_known(LEASE_KEY, careful=True) == nearest
+
+
+async def test_who_knows_fewer_than_half_of_all_searches(autojump_clock: object) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        await count(peers[0])
+        for peer in peers[1:7]:
+            forget(peers[0], peer.id)
+        for careful in (True, False):
+            assert peers[0].dht._searches.direct.closest_known(LEASE_KEY, careful=careful) == []
+
+
+async def test_in_hostile_mode_nothing_is_read_or_written_directly(autojump_clock: object) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        one = await here.open(11, by=peers[:1], hostile=True)
+        await count(one)
+        for careful in (True, False):
+            assert one.dht._searches.direct.closest_known(LEASE_KEY, careful=careful) == []
+
+
+async def test_where_ids_crowd_around_the_key_it_takes_a_search(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        one = peers[0]
+        await count(one)
+        assert one.dht._searches.direct.closest_known(LEASE_KEY, careful=True)
+        for number in range(MOST_MEASURES):
+            one.dht._searches.size._measures[place(number)] = _Measure(trio.current_time(), 17.0)
+        monkeypatch.setattr("p2pmoe.dht.region.GROUND_BELOW", 1e9)  # as if all lay near
+        assert one.dht._searches.direct.closest_known(LEASE_KEY, careful=True) == []
+
+
+# --------------------------------------------------------------------------------- at what cost
+async def test_a_read_asks_as_many_as_must_agree_and_a_read_of_nothing_the_holders(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        await ranks[7].dht.claim(GRID, UID)
+        await count(ranks[8])
+        calls = questions(ranks[8])
+        assert await seen(ranks[8]) == (ranks[7].id, 1)
+        assert calls == ["dht.get"] * 3
+        nothing = key_of(Kind.LEASE, GRID, "ffn.9.9")
+        reader = order(ranks, nothing)[8]
+        await count(reader)
+        calls = questions(reader)
+        assert await owner_of(reader, "ffn.9.9") is None
+        assert calls == ["dht.get"] * MOST_HOLDERS
+
+
+async def test_the_next_closest_takes_the_place_of_one_that_is_gone_and_of_a_slow_one_a_search(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        owner, reader = ranks[7:9]
+        await owner.dht.claim(GRID, UID)
+        await count(reader)
+        await here.kill(ranks[0])
+        assert await seen(reader) == (owner.id, 1)
+
+        async def never(_call: IncomingCall) -> None:
+            await trio.sleep_forever()
+
+        ranks[1].pool.handlers["dht.get"] = never
+        began = trio.current_time()
+        assert await seen(reader) == (owner.id, 1)
+        assert SLOW <= trio.current_time() - began < 1
+
+
+async def test_where_all_are_slow_a_read_waits_for_them_and_asks_no_more(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        await ranks[7].dht.claim(GRID, UID)
+        reader = ranks[8]
+        await count(reader)
+        for peer in ranks:
+            get = peer.pool.handlers["dht.get"]
+
+            async def later(call: IncomingCall, get: Handler = get) -> None:
+                await trio.sleep(1.2 * SLOW)
+                await get(call)
+
+            peer.pool.handlers["dht.get"] = later
+        calls = questions(reader)
+        asked = []
+        for _ in range(6):
+            assert await seen(reader) == (ranks[7].id, 1)
+            asked.append(len(calls))
+            calls.clear()
+        assert asked[0] > 3
+        assert asked[-1] == 3
+
+
+# ----------------------------------------------------------------------------- in spite of liars
+async def test_two_of_five_that_name_another_owner_or_an_older_lease_are_not_believed(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        liars, owner, reader, stranger = ranks[:2], *ranks[7:10]
+        await owner.dht.claim(GRID, UID)
+        await owner.dht.withdraw([UID])
+        view = await owner.dht.claim(GRID, UID)
+        assert view.number > 1
+        for one in (reader, stranger):
+            await count(one)
+        cards = [reader.dht._contacts.record(liar.id) for liar in liars]
+        for liar in liars:
+            lie(liar, lease(liars[0].keys, UID, number=99, version=99), list(filter(None, cards)))
+        assert await seen(reader) == (owner.id, view.number)
+        with pytest.raises(LeaseRefused):
+            await stranger.dht.claim(GRID, UID)
+        for liar in liars:
+            lie(liar, lease(owner.keys, UID, number=1))
+        assert await seen(reader) == (owner.id, view.number)
+
+
+async def test_two_of_five_that_name_another_manifest_are_not_believed_nor_can_they_hide_one(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        made = manifest(peers[0].keys)
+        ranks = order(peers, made.body.key)
+        await ranks[8].dht.put_manifest(made)
+        for liar in ranks[:2]:
+            lie(liar, manifest(liar.keys))
+        forget(ranks[9], ranks[2].id)
+        found = await ranks[9].dht._searches.read(Kind.MANIFEST, made.body.key)
+        assert [peer.id for peer in ranks[:MOST_HOLDERS]] == found.holders
+        for reader in ranks[5:]:
+            assert await reader.dht.get_manifest("ffn") == made
+
+
+async def test_a_holder_that_a_liar_hides_from_a_putter_is_named_by_the_others(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        made = manifest(peers[0].keys)
+        ranks = order(peers, made.body.key)
+        lie(ranks[0], made)
+        for hidden in ranks[1:3]:
+            forget(ranks[9], hidden.id)
+        receipt = await ranks[9].dht.put_manifest(made)
+        assert set(receipt.stored) == {peer.id for peer in ranks[:MOST_HOLDERS]}
+        assert holding(peers, made) >= {peer.id for peer in ranks[1:MOST_HOLDERS]}
