@@ -331,19 +331,20 @@ class RecordStore:
         self, signed: Signed[Any], expires_at: float, now: float, networks: Networks
     ) -> Put:
         body, sub, last = signed.body, signed.signer.raw, None
-        entries = self.shelves.at(body.key)
+        key = body.key  # a hash, made anew by each look
+        entries = self.shelves.at(key)
         if sub in entries:
             old = entries[sub].signed
             if (*_version(body), signed.digest) <= (*_version(old.body), old.digest):
                 return Stale()
         elif len(entries) >= self._params.publishers:
-            last = max(entries, key=lambda publisher: _rank(body.key, publisher))
-            if _rank(body.key, sub) > _rank(body.key, last):
+            last = max(entries, key=lambda publisher: _rank(key, publisher))
+            if _rank(key, sub) > _rank(key, last):
                 return Full("publishers")
         expires_at = min(expires_at, now + self._params.prefix_ttl)
         outcome = self._store(sub, self._held(signed, expires_at, networks), now)
         if last is not None and isinstance(outcome, Stored):
-            self.shelves.remove((body.key, last))
+            self.shelves.remove((key, last))
         return outcome
 
     def _put_manifest(
