@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from p2pmoe.bench import baseline, dht, fault, footprint, local, moe, rpc
+from p2pmoe.bench import bare, baseline, dht, fault, footprint, local, moe, rpc
 from p2pmoe.bench.table import BEGIN, END
 from p2pmoe.cli.app import run
 from p2pmoe.cli.bench import ITEMS
@@ -40,6 +40,7 @@ def asked(monkeypatch):
         (dht, "run"),
         (footprint, "run"),
         (fault, "run"),
+        (bare, "run"),
         (local, "run_block"),
         (local, "run_mixture"),
     ]:
