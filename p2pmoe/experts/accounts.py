@@ -2,7 +2,9 @@
 
 A client may bring so many updates a second: a token bucket. Each update is clipped to the server's
 clip norm, so its gradients add up to no more than so many times that norm, however large they are.
-An update that finds the bucket empty is refused, with the time after which it would not be.
+An update that finds the bucket empty is refused, with the time after which it would not be. A
+client whose calls fit no expert, or hold what is no number, again and again is not heard for a
+while: to look at them costs as much as to answer good ones.
 
 Rules: a bounded table, in which the client that has been silent longest is forgotten; a bucket that
 is forgotten is full again, so the table is large. `now` comes in.
@@ -16,6 +18,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from p2pmoe.errors import PeerBusy
+from p2pmoe.net.quota import Rate, TokenBucket
 
 TEACHING = 600.0  # seconds for which a client that brought an update counts as training here
 
@@ -26,6 +29,8 @@ class AccountParams:
 
     updates: float = 20_000.0  # a second in the long run; a guess: more than a core computes
     burst: float = 4.0  # seconds' worth of them at once; a guess
+    faults: Rate = Rate(2, 32)  # noqa: RUF009  calls a second that were no good, forgiven; a guess
+    disgrace: float = 5.0  # s from a fault beyond these in which no call is looked at; a guess
     most: int = 4096  # clients in the table; a guess, eight times the connections
 
 
@@ -35,6 +40,8 @@ class Account:
 
     left: float  # updates
     at: float  # when so many were left
+    faults: TokenBucket
+    heard_from: float = -math.inf  # when its calls are looked at again
     taught_at: float = -math.inf
     parts: Counter[str] = field(default_factory=Counter)
     rows: int = 0
@@ -66,6 +73,20 @@ class Accounts:
         account.left -= count
         account.taught_at = now
 
+    def admit(self, client: Hashable, now: float) -> None:
+        """A client calls; `PeerBusy` with a time while too many of its calls were no good."""
+        account = self._accounts.get(client)
+        if account is not None and now < account.heard_from:
+            busy = PeerBusy("too many of this client's calls were no good: see why they failed")
+            busy.retry_after = account.heard_from - now
+            raise busy
+
+    def faulty(self, client: Hashable, now: float) -> None:
+        """A call of this client's was no good: its tensors fit no expert, or are no numbers."""
+        account = self._account(client, now)
+        if account.faults.take(now):
+            account.heard_from = now + self.params.disgrace
+
     def answered(self, client: Hashable, code: str, rows: int, now: float) -> None:
         """A part of this client's got its answer: `ok`, or the code of an error."""
         account = self._account(client, now)
@@ -88,7 +109,9 @@ class Accounts:
         account = self._accounts.get(client)
         if account is None:
             full = self.params.updates * self.params.burst
-            account = self._accounts[client] = Account(full, now)
+            account = self._accounts[client] = Account(
+                full, now, TokenBucket(self.params.faults, now)
+            )
             if len(self._accounts) > self.params.most:
                 self._accounts.popitem(last=False)
         self._accounts.move_to_end(client)

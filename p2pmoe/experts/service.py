@@ -20,6 +20,7 @@ from p2pmoe.errors import (
     ConfigurationError,
     ExpertUnavailable,
     LeaseLost,
+    NonFiniteError,
     P2PMoEError,
     SchemaMismatch,
 )
@@ -54,6 +55,8 @@ from p2pmoe.net.connection import Handler, IncomingCall
 from p2pmoe.wire import schema
 
 MOST_CLIENTS = 16  # that a status tells of; a guess
+
+FAULTS = (SchemaMismatch, NonFiniteError)  # of the caller, who can see what it sends
 
 
 class LeaseBook(Protocol):
@@ -180,9 +183,11 @@ class ExpertService:
         await call.send(schema.encode(reply))
 
     async def _answer_forward(self, call: IncomingCall) -> None:
+        self._accounts.admit(call.peer, trio.current_time())
         await self._answer(call, schema.decode_again(call.body, ForwardRequest))
 
     async def _answer_backward(self, call: IncomingCall) -> None:
+        self._accounts.admit(call.peer, trio.current_time())
         await self._answer(call, schema.decode(call.body, BackwardRequest))
 
     async def _answer(self, call: IncomingCall, request: Request) -> None:
@@ -190,12 +195,13 @@ class ExpertService:
         intake = Intake(call, request)
         if intake.kind is Kind.BACKWARD:
             self._accounts.admit_updates(call.peer, len(intake.parts), trio.current_time())
-        jobs, refused = [], []
+        jobs, refused, faulty = [], [], False
         for index, part in enumerate(intake.parts):
             try:
                 jobs.append(self._job(intake, index, part))
             except P2PMoEError as error:
                 refused.append((index, error))
+                faulty |= isinstance(error, FAULTS)
                 self._count(call.peer, intake.kind, error, part.rows)
         outstanding = {job.number for job in jobs}
         self._compute.submit(jobs)
@@ -207,12 +213,15 @@ class ExpertService:
                 for job, result in come:
                     _note(job, result, trio.current_time())
                     self._count(call.peer, job.kind, result, job.rows)
+                    faulty |= isinstance(result, FAULTS)
                 for body, payload in answers(come):
                     await call.send(body, payload)
                 outstanding.difference_update([job.number for job, _ in come])
         finally:
             if outstanding:
                 self._drop(jobs, outstanding)
+            if faulty:
+                self._accounts.faulty(call.peer, trio.current_time())
 
     def _job(self, intake: Intake, index: int, part: Part) -> Job:
         """A part as a request for the queue, once everything that it says was checked."""

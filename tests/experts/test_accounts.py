@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from p2pmoe.errors import PeerBusy
 from p2pmoe.experts.accounts import TEACHING, AccountParams, Accounts
+from p2pmoe.net.quota import Rate
 
 PARAMS = AccountParams(updates=10.0, burst=2.0)
 
@@ -54,6 +55,19 @@ def test_who_waits_as_long_as_it_is_told_is_let_in() -> None:
         while wait := refused(accounts, "a", now, count=3):
             now += wait * (1 + 1e-9)
     assert now == pytest.approx((300 - 20) / 10, rel=0.05)
+
+
+def test_a_client_whose_calls_are_no_good_is_not_heard_for_a_while() -> None:
+    accounts = Accounts(AccountParams(faults=Rate(1.0, 2), disgrace=5.0))
+    for _ in range(2):
+        accounts.faulty("a", 0.0)
+        accounts.admit("a", 0.0)
+    accounts.faulty("a", 0.5)
+    with pytest.raises(PeerBusy) as refusal:
+        accounts.admit("a", 2.5)
+    assert refusal.value.retry_after == pytest.approx(3.0)
+    accounts.admit("b", 2.5)
+    accounts.admit("a", 5.5)
 
 
 def test_who_trains_here_is_counted_but_for_the_one_who_asks() -> None:

@@ -12,6 +12,7 @@ import trio
 
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.accounts import AccountParams
+from p2pmoe.net.quota import Rate
 from tests.experts.calls import Server, backward, forward
 from tests.experts.test_over_network import BULK, UID, Caller, World, rows, world
 
@@ -146,6 +147,25 @@ async def test_a_client_that_teaches_too_often_is_told_when_it_may_again(
         dry = backward((UID, rows(ROWS), rows(ROWS)), dry_run=True)
         assert [await told(eager, dry) for _ in range(5)] == [[""]] * 5
         assert here.server.service.section()[UID]["updates"] == 4
+
+
+async def test_a_client_whose_calls_are_no_good_is_not_heard_until_it_was_told_to_wait(
+    autojump_clock: object,
+) -> None:
+    async with world(accounts=AccountParams(faults=Rate(0.5, 2))) as here:
+        bad, good = await here.caller(1), await here.caller(2)
+        wide, none = forward((UID, torch.ones(ROWS, 5))), forward((UID, rows(ROWS) * math.nan))
+        assert [await told(bad, call) for call in (wide, none, wide)] == [
+            ["schema"],
+            ["nonfinite"],
+            ["schema"],
+        ]
+        with pytest.raises(P2PMoEError) as caught:
+            await bad.ask(forward((UID, rows(ROWS))))
+        assert caught.value.code == "busy"
+        assert await told(good, forward((UID, rows(ROWS)))) == [""]
+        await trio.sleep(caught.value.retry_after)
+        assert await told(bad, forward((UID, rows(ROWS)))) == [""]
 
 
 async def test_an_update_that_is_sent_again_and_again_is_applied_once(
