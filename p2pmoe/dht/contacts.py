@@ -8,6 +8,7 @@ that the membership suspects is asked last.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import math
 import random
@@ -18,6 +19,8 @@ from p2pmoe.dht.routing import Insertion, Networks, RoutingParams, RoutingTable
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.peer_record import Contact, PeerRecord, contact_of
+
+NETWORKS = 4096  # of hosts that are remembered, 300 B at most each; a guess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +68,8 @@ class Contacts:
         peer = record.signer
         if peer == self._own or not record.body.addresses:
             return
-        old = self._known.pop(peer, None)
-        if old is None or record.body.order > old.record.body.order:
+        old = self._known.pop(peer, None)  # mostly the very same record: every answer names some
+        if old is None or (record is not old.record and record.body.order > old.record.body.order):
             known = _Known(record, contact_of(record))
             if old is not None and old.contact == known.contact:
                 known.dialled, known.met, known.host = old.dialled, old.met, old.host
@@ -191,6 +194,7 @@ def networks_of(contact: Contact, reached: str = "") -> Networks:
     return frozenset(filter(None, (_network(host, reached) for host in hosts)))
 
 
+@functools.lru_cache(NETWORKS)
 def _network(host: str, reached: str) -> str:
     try:
         ip = ipaddress.ip_address(host)
