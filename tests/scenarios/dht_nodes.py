@@ -17,10 +17,12 @@ from p2pmoe.dht.messages import Manifest
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.envelope import Signed
 from tests.dht.swarm_of_ids import GRID, dice
-from tests.scenarios.dht_peer import LOOPBACK, PATIENT, claim
+from tests.scenarios.dht_peer import LOOPBACK, PATIENT, SLOWLY, claim
 
 ROOT = Path(__file__).parents[2]
 MANY = 8  # nodes in one process
+CALM = 0.05  # seconds by which a task is late at most when this process has nothing else to do
+CALM_LOOKS = 20  # in a row, that long each
 READY_LIMIT = 600.0  # seconds until all are there; a quiet machine needs a tenth
 
 
@@ -45,6 +47,7 @@ class Here:
             stop_within=0.0,  # its end is as sudden as a kill
             join_within=60.0,
             pool=PATIENT,
+            membership=SLOWLY,
         )
         with trio.CancelScope() as scope:
             async with open_node(config) as node:
@@ -56,10 +59,14 @@ class Here:
                 await trio.sleep_forever()
 
     async def open_many(self, count: int) -> None:
-        """One after the other: together they hold this thread up so long that calls time out."""
+        """Each when those before have come to rest.
+
+        Together they hold this one thread up for so long that calls time out, which makes more.
+        """
         for number in range(count):
             await self.open(number)
             if number >= MANY:
+                await calm()
                 gc.freeze()  # a full collection of so many would hold all of them up for a second
 
     def kill(self, nodes: list[Node]) -> None:
@@ -84,7 +91,7 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 async def begin(address: str, count: int, begun: list[subprocess.Popen[str]]) -> dict[str, str]:
-    """So many peers, one after the other; the uid that each one has, by its id."""
+    """So many peers, each when those before have come to rest; the uids that they have, by id."""
     uids: dict[str, str] = {}
     for number in range(count):
         begun.append(_process(address, f"ffn.{number}.1"))
@@ -92,7 +99,17 @@ async def begin(address: str, count: int, begun: list[subprocess.Popen[str]]) ->
         assert stdout is not None
         uid, peer = (await trio.to_thread.run_sync(stdout.readline)).split()
         uids[peer] = uid
+        await calm()
     return uids
+
+
+async def calm() -> None:
+    """Wait until the nodes of this process leave it time to spare."""
+    looks = 0
+    while looks < CALM_LOOKS:
+        due = trio.current_time() + CALM
+        await trio.sleep_until(due)
+        looks = looks + 1 if trio.current_time() < due + CALM else 0
 
 
 def _process(address: str, uid: str) -> subprocess.Popen[str]:

@@ -9,6 +9,10 @@ import trio
 
 from p2pmoe.dht.leases import LeaseRefused
 from p2pmoe.errors import QuorumNotReached
+from p2pmoe.gossip.membership import MembershipParams
+from p2pmoe.gossip.probes import ProbeParams
+from p2pmoe.gossip.roster import RosterParams
+from p2pmoe.gossip.suspicion import SuspicionParams
 from p2pmoe.net.pool import PoolParams
 from p2pmoe.net.quota import QuotaParams
 from p2pmoe.node import Node, NodeConfig, open_node
@@ -17,6 +21,11 @@ from tests.dht.swarm_of_ids import GRID
 
 LOOPBACK = Address("127.0.0.1", 0)
 PATIENT = PoolParams(quota=QuotaParams(handshake=30.0, hello=30.0))  # all begin on few processors
+SLOWLY = MembershipParams(  # five times as slowly: many members share one thread, and are late
+    probes=ProbeParams(interval=5.0, timeout=2.5, relayed=3.75, dial=15.0, random_every=50.0),
+    roster=RosterParams(suspicion=SuspicionParams(interval=5.0)),
+    gossip_every=1.0,
+)
 
 
 async def claim(node: Node, uid: str) -> None:
@@ -33,7 +42,11 @@ async def claim(node: Node, uid: str) -> None:
 async def main(address: str, uid: str) -> None:
     """Live until the process ends."""
     config = NodeConfig(
-        peers=(Address.parse(address),), listen=LOOPBACK, join_within=60.0, pool=PATIENT
+        peers=(Address.parse(address),),
+        listen=LOOPBACK,
+        join_within=60.0,
+        pool=PATIENT,
+        membership=SLOWLY,
     )
     async with open_node(config) as node:
         await claim(node, uid)
