@@ -56,6 +56,14 @@ class Machines:
         switch = ("ip", "netns", "exec", f"{self.prefix}sw")
         run(*switch, "tc", "qdisc", "replace", "dev", f"port{number}", *shape)
 
+    def lose(self, number: int, one_in: int) -> None:
+        """Of what arrives at a machine, one packet in so many is lost, at random."""
+        nft = (*self.inside(number), "nft")
+        run(*nft, "add", "table", "inet", "loss")
+        run(*nft, "add", "chain", "inet", "loss", "in", "{ type filter hook input priority 0; }")
+        drop = ("numgen", "random", "mod", str(one_in), "==", "0", "drop")
+        run(*nft, "add", "rule", "inet", "loss", "in", *drop)
+
     def enter(self, number: int) -> None:
         """This thread, and threads that it begins, are on that machine from now on."""
         with Path(f"/var/run/netns/{self.name(number)}").open() as namespace:

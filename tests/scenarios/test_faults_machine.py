@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -103,6 +104,29 @@ def test_a_server_behind_1_mbit_does_not_hold_up_the_others(launch: Launcher) ->
         say(f"1 Mbit/s:  {narrow}")
         assert not clear.failed + narrow.failed
         assert narrow.bare <= 0.01
+
+
+@pytest.mark.skipif(shutil.which("nft") is None, reason="nft (nftables) is not installed")
+def test_training_goes_on_while_every_machine_loses_one_packet_in_twenty(launch: Launcher) -> None:
+    """What TCP sends again is late, by 200 ms at least: of some rows another expert's answer is."""
+    with machines(3, left=3) as here:
+        first = on(launch, here, 0, *FIRST, "--experts", "4")
+        on(launch, here, 1, "--peer", first.address, "--experts", "4")
+        with Trainer([first.address], experts=CELLS, enter=lambda: here.enter(2)) as trainer:
+            trainer.wait_begun()
+            pause(5)
+            lossy_at = time.monotonic()
+            for number in range(3):
+                here.lose(number, one_in=20)
+            pause(30)
+        clear = figures(trainer.between(0, lossy_at)[5:])
+        lossy = figures(trainer.between(lossy_at, time.monotonic()))
+        say(f"clear:          {clear}")
+        say(f"5 % of packets: {lossy}")
+        assert lossy.steps
+        assert not clear.failed + lossy.failed
+        assert lossy.bare <= 0.01
+        assert not trainer.accepted.twice_owned()
 
 
 # ------------------------------------------------------------------ the disk
