@@ -148,6 +148,12 @@ def test_a_method_of_any_length_and_letters_comes_as_it_was_said():
         assert decode_header(encode_header(asked)) == asked
 
 
+def test_a_method_that_is_shorter_than_it_says_is_refused():
+    data = encode_header(Request(id=5, method="echo", budget_ms=7))
+    with pytest.raises(MalformedMessage):
+        decode_header(data.replace(b"\x64echo", b"\x65echo"))
+
+
 def test_an_end_that_says_more_is_encoded_as_any_message():
     for end in (End(id=3, code="busy"), End(id=3, detail="x"), End(id=3, retry_after_ms=5)):
         assert encode_header(end) == schema.encode(end)
