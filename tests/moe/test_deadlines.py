@@ -9,6 +9,7 @@ a connection that is cut and a call that is made again.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import random
@@ -30,13 +31,14 @@ from p2pmoe.dht.leases import LeaseRefused
 from p2pmoe.dht.messages import Manifest, SnapshotRecord
 from p2pmoe.dht.service import DhtService
 from p2pmoe.errors import CallTimeout, P2PMoEError
+from p2pmoe.experts import messages
 from p2pmoe.experts.serving import ServerConfig, serve_experts
 from p2pmoe.moe.select import View, view_of
 from p2pmoe.net.pool import Pool
 from p2pmoe.nn import DMoE, RemoteExpert
 from p2pmoe.swarm import Swarm
 from p2pmoe.testing.memory import Line
-from p2pmoe.wire import schema
+from p2pmoe.wire import schema, tensor
 from p2pmoe.wire.envelope import Kind, seal
 from p2pmoe.wire.status import ECHO, EchoRequest
 from tests.moe.weather import (
@@ -428,10 +430,19 @@ async def test_the_time_that_looking_for_an_expert_took_is_not_given_to_its_answ
         assert trio.current_time() - began <= 2.0 + LATE
 
 
+REMEMBERING = [  # what was said in the same words before
+    *((schema, "_encoded"), (schema, "_decoded")),
+    *((messages, "_fitting_rows"), (tensor, "_layout")),
+]
+
+
 @pytest.fixture(autouse=True)
 def _caches_are_small_enough_to_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("p2pmoe.dht.asks.CARDS", 16)
     monkeypatch.setattr("p2pmoe.moe.stats.LATEST_ROWS", 64)
+    for module, name in REMEMBERING:
+        short = functools.lru_cache(4)(getattr(module, name).__wrapped__)
+        monkeypatch.setattr(module, name, short)
 
 
 @pytest.mark.parametrize(
