@@ -264,18 +264,22 @@ async def _create(node: Node, config: ServerConfig) -> list[Offer]:
     return offers
 
 
+def _storage(node: Node, config: ServerConfig) -> tuple[Path | None, Disk]:
+    """The folder in which experts are saved, if there is one, and how to work on it."""
+    return config.folder or node.folder, Disk(threaded=config.params.compute.threaded)
+
+
 async def _kept(node: Node, config: ServerConfig, like: Manifest) -> Signed[Manifest] | None:
     """The manifest of a grid that is to go on where it was saved."""
-    folder = config.folder or node.folder
+    folder, disk = _storage(node, config)
     if folder is None or not config.saving.restore:
         return None
-    disk = Disk(threaded=config.params.compute.threaded)
     return await disk.run(kept_grid, folder / SNAPSHOTS, node.network, like)
 
 
 async def _keep(node: Node, config: ServerConfig, offers: list[Offer]) -> None:
     """Write the manifests down, so that these grids can go on when all servers were off."""
-    folder, disk = config.folder or node.folder, Disk(threaded=config.params.compute.threaded)
+    folder, disk = _storage(node, config)
     if folder is None:
         return
     for offer in offers:
@@ -307,7 +311,7 @@ async def _find(node: Node, config: ServerConfig) -> list[Offer]:
 
 async def _begin_again(node: Node, config: ServerConfig) -> list[Offer]:
     """The grids of the last run, when all who served them were off and nobody tells of any."""
-    folder, disk = config.folder or node.folder, Disk(threaded=config.params.compute.threaded)
+    folder, disk = _storage(node, config)
     if folder is None or not config.saving.restore:
         return []
     last = await disk.run(last_grids, folder / SNAPSHOTS, node.network)
