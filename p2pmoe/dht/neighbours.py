@@ -31,6 +31,7 @@ from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.peer_record import PeerRecord
 
 LOOK_AFTER = 10.0  # seconds between looks for buckets to refresh and peers to find again; a guess
+LOOK_WITHIN = 5.0  # seconds in which a peer whose connection broke is looked for; a guess
 DIAL_LIMIT = 3.0  # seconds for dialling back, all addresses of a peer together; as for a question
 DIALS_BACK = 8  # at once; a guess
 STRAYS = 8  # connected peers without a place that are asked at one look; a guess
@@ -182,7 +183,7 @@ class Neighbours:
                 self._parts.changed(event.peer, Sign.QUIET)
             case PeerLost():
                 if event.peer in self._parts.contacts.table:
-                    self._later(partial(self._ping, event.peer))
+                    self._later(partial(self._look_for, event.peer))
                 self._parts.changed(event.peer, Sign.GONE)
             case _:
                 self._parts.contacts.failed(event.peer, trio.current_time())
@@ -196,6 +197,15 @@ class Neighbours:
         outcome = self._parts.contacts.dialled(peer, trio.current_time(), host)
         if isinstance(outcome, PingOldest):
             self._later(partial(self._ping, outcome.oldest))
+
+    async def _look_for(self, peer: PeerId) -> None:
+        """Whether a peer whose connection broke is there, if nobody has found out meanwhile.
+
+        Not all at once: many have lost the same one, and whoever has lost many has much to do.
+        """
+        await trio.sleep(self._rng.uniform(0.0, LOOK_WITHIN))
+        if peer in self._parts.contacts.table and not self._parts.pool.connected(peer):
+            await self._ping(peer)
 
     async def _ping(self, peer: PeerId) -> bool:
         """Ask for a sign of life; silence takes the peer out of the table where it is asked."""

@@ -294,6 +294,9 @@ class Probes:
             return found
         if refused:
             found.append(Accuse(peer, "refused"))
+            if self._roster.is_refused(peer):  # who found that out first has asked relays
+                self._probes.pop(peer, None)
+                return found
         probe = self._probes.get(peer)
         if probe is None and not refused:
             return found

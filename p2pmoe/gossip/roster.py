@@ -75,6 +75,11 @@ class Roster:
         return member is not None and member.live
 
     # ------------------------------------------------------------------------------ merging
+    def is_refused(self, peer: PeerId) -> bool:
+        """Whether somebody says of this member that its address refuses connections."""
+        suspicion = self.suspicions.get(peer)
+        return suspicion is not None and "refused" in suspicion.accusers.values()
+
     def record(self, signed: Signed[PeerRecord], now: float) -> list[Effect]:
         """Somebody's record, from whomever."""
         peer, member = signed.signer, self.members.get(signed.signer)

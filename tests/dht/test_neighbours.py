@@ -3,13 +3,14 @@
 import pytest
 import trio
 
+from p2pmoe.dht.neighbours import LOOK_WITHIN
 from p2pmoe.dht.routing import PingOldest, RoutingParams, RoutingTable
 from p2pmoe.errors import (
     LocalProtocolError,
     NodeClosed,
     PeerUnreachable,
 )
-from p2pmoe.net.pool import PeerConnected
+from p2pmoe.net.pool import PeerConnected, PeerLost
 from p2pmoe.wire.address import Address
 from tests.dht.peers import UID, Peer, Town, owner_of, swarm, town
 from tests.dht.swarm_of_ids import GRID, PEOPLE, card, manifest, place
@@ -110,9 +111,32 @@ async def test_a_full_bucket_keeps_its_oldest_peer_while_that_answers(autojump_c
         assert shut_out.oldest in contacts.table
         (oldest,) = [peer for peer in peers if peer.id == shut_out.oldest]
         await here.kill(oldest)
-        await trio.sleep(1)
+        await trio.sleep(LOOK_WITHIN + 1)
         assert oldest.id not in contacts.table
         assert newcomer.id in contacts.table
+
+
+async def test_a_peer_whose_connection_broke_is_soon_looked_for(autojump_clock) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(60)
+        one.pool.forget(two.id)
+        await trio.sleep(LOOK_WITHIN + 1)
+        assert one.pool.connected(two.id)
+        assert two.id in one.dht._contacts.table
+
+
+async def test_a_peer_that_is_connected_again_is_not_looked_for(
+    autojump_clock, monkeypatch
+) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(60)
+        looked_for = []
+        monkeypatch.setattr(one.dht._neighbours, "_ping", looked_for.append)
+        one.pool.observers[0](PeerLost(two.id, PeerUnreachable("its connection broke")))
+        await trio.sleep(LOOK_WITHIN)
+        assert looked_for == []
 
 
 async def test_a_peer_that_others_found_gone_is_avoided_for_a_while(autojump_clock) -> None:

@@ -248,6 +248,22 @@ def test_a_refused_fresh_dial_accuses_at_once_and_asks_relays() -> None:
     assert bench.health.score == 0
 
 
+def test_a_refusal_of_one_whom_others_found_refused_asks_no_relays() -> None:
+    bench = Bench()
+    bench.probes.unreachable(A.id, 1.0, refused=False)  # broke: it is dialled afresh
+    bench.roster.suspect(B.accuse(A.record(), "refused"), 1.05)
+    found = bench.probes.unreachable(A.id, 1.1, refused=True)
+    assert found == [Accuse(A.id, "refused")]
+    assert bench.probes.tick(10.0) == []
+
+
+def test_a_refusal_of_one_who_is_only_silent_to_others_asks_relays() -> None:
+    bench = Bench()
+    bench.probes.unreachable(A.id, 1.0, refused=False)
+    bench.roster.suspect(B.accuse(A.record(), "silent"), 1.05)
+    assert len(sends(bench.probes.unreachable(A.id, 1.1, refused=True), PingReq)) == 3
+
+
 def test_a_refusal_nobody_asked_for_is_evidence_too_but_silence_is_not() -> None:
     bench = Bench(up=(B, C, D))
     assert bench.probes.unreachable(A.id, 1.0, refused=False) == []

@@ -34,6 +34,7 @@ class Here:
     nodes: list[Node] = field(default_factory=list)
     uids: dict[str, str] = field(default_factory=dict)  # of the lease that a node has, by its id
     ends: dict[str, trio.CancelScope] = field(default_factory=dict)
+    ended: dict[str, trio.Event] = field(default_factory=dict)
 
     async def open(self, number: int) -> None:
         await self.tasks.start(self._live, f"ffn.{number}.0")
@@ -49,14 +50,17 @@ class Here:
             pool=PATIENT,
             membership=SLOWLY,
         )
+        ended = trio.Event()
         with trio.CancelScope() as scope:
             async with open_node(config) as node:
                 self.nodes.append(node)
-                self.ends[node.id.hex] = scope
+                me = node.id.hex
+                self.ends[me], self.ended[me] = scope, ended
                 await claim(node, uid)
-                self.uids[node.id.hex] = uid
+                self.uids[me] = uid
                 task_status.started()
                 await trio.sleep_forever()
+        ended.set()
 
     async def open_many(self, count: int) -> None:
         """Each when those before have come to rest.
@@ -69,11 +73,14 @@ class Here:
                 await calm()
                 gc.freeze()  # a full collection of so many would hold all of them up for a second
 
-    def kill(self, nodes: list[Node]) -> None:
+    async def kill(self, nodes: list[Node]) -> None:
+        """End these at once; returns when what that takes of this thread is done."""
         for node in nodes:
             self.nodes.remove(node)
             del self.uids[node.id.hex]
             self.ends.pop(node.id.hex).cancel()
+        for node in nodes:
+            await self.ended.pop(node.id.hex).wait()
 
 
 @contextmanager

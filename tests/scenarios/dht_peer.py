@@ -21,10 +21,10 @@ from tests.dht.swarm_of_ids import GRID
 
 LOOPBACK = Address("127.0.0.1", 0)
 PATIENT = PoolParams(quota=QuotaParams(handshake=30.0, hello=30.0))  # all begin on few processors
-SLOWLY = MembershipParams(  # five times as slowly: many members share one thread, and are late
-    probes=ProbeParams(interval=5.0, timeout=2.5, relayed=3.75, dial=15.0, random_every=50.0),
-    roster=RosterParams(suspicion=SuspicionParams(interval=5.0)),
-    gossip_every=1.0,
+SLOWLY = MembershipParams(  # fifteen times as slowly: many members share one thread, and are late
+    probes=ProbeParams(interval=15.0, timeout=7.5, relayed=11.0, dial=45.0, random_every=150.0),
+    roster=RosterParams(suspicion=SuspicionParams(interval=15.0)),
+    gossip_every=3.0,
 )
 
 

@@ -40,7 +40,7 @@ async def test_with_a_third_of_the_swarm_killed_every_get_succeeds(
             for process in begun[: math.ceil(apart / 3)]:
                 process.kill()
             killed = {f"ffn.{number}.1" for number in range(math.ceil(apart / 3))}
-            here.kill(here.nodes[2 : 2 + math.ceil(count / 3)])
+            await here.kill(here.nodes[2 : 2 + math.ceil(count / 3)])
             alive = here.uids | {who: uid for who, uid in elsewhere.items() if uid not in killed}
             done = await gets(here.nodes, alive, made)
             middle, longest = median(done.seconds) * 1000, max(done.seconds) * 1000
@@ -63,7 +63,7 @@ async def test_strangers_do_not_take_over_a_live_uid() -> None:
         uid = here.uids[owner.id.hex]
         for number in range(3):
             if number % 2:
-                here.kill(here.nodes[-1:])
+                await here.kill(here.nodes[-1:])
                 await here.open(10 + number)
             for stranger in here.nodes[1:4]:
                 with pytest.raises((LeaseRefused, QuorumNotReached)):
