@@ -17,36 +17,29 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future, wait
-from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import trio
 
+from p2pmoe.bridge import SLACK, TURN, Bridge, Desk, Opening, timed_out
 from p2pmoe.dht.directory import GridReading, GridWatch
 from p2pmoe.errors import (
-    CallTimeout,
     ConfigurationError,
     ExpertUnavailable,
     ForkedProcessError,
-    LocalProtocolError,
     NodeClosed,
 )
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.address import DEFAULT_PORT, Address
 
 TIMEOUT = 30.0  # seconds a call may take by default; a guess
-SLACK = 1.0  # seconds that the background thread may be late before a caller gives up; a guess
 STOP_WITHIN = 2.0  # seconds for goodbye; a client has no work of others to finish; a guess
-TURN = 0.1  # seconds after which a waiting thread looks for an interrupt; what users are promised
 SHOWN = 8  # experts named in an error
-CLOSED = "the swarm is closed: connect again"
 
 T = TypeVar("T")
-Opening = Callable[[], AbstractAsyncContextManager[Node]]
 
 
 class Part(Protocol):
@@ -56,140 +49,6 @@ class Part(Protocol):
 
 
 P = TypeVar("P", bound=Part)
-
-
-class Job:
-    """A call from another thread, which waits here for its end."""
-
-    __slots__ = ("_open", "afn", "answer", "args", "error", "scope", "seconds")
-
-    def __init__(
-        self, afn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], seconds: float
-    ) -> None:
-        self.afn, self.args, self.seconds = afn, args, seconds
-        self.answer: Any = None
-        self.error: BaseException | None = None
-        self.scope = trio.CancelScope()
-        self._open = threading.Lock()  # held until the end; a tenth of the cost of a Future
-        self._open.acquire()
-
-    def end(self, answer: Any, error: BaseException | None = None) -> None:
-        """There is an answer, or an error. Said once."""
-        self.answer, self.error = answer, error
-        self._open.release()
-
-    def wait(self, seconds: float) -> None:
-        """Wait for the end; `CallTimeout` after so long. In short turns, as `_wait`."""
-        give_up = time.monotonic() + seconds
-        while not self._open.acquire(timeout=TURN):
-            if time.monotonic() > give_up:
-                raise _timeout(seconds)
-
-
-class Bridge:
-    """Lets any thread wait for an async call. Every call is a child of `serve`."""
-
-    def __init__(self) -> None:
-        self._calls: trio.Nursery | None = None  # while calls are taken
-        self._jobs: deque[Job] = deque()  # that wait for Trio's thread to take them
-        self._woken = False  # whether it is on its way to them
-        self._token: Future[trio.lowlevel.TrioToken] = Future()
-        self._thread: int | None = None
-        self._life = trio.CancelScope()
-
-    async def live(self, open_it: Opening, opened: Future[Node]) -> None:
-        """All that the background thread does: a node, and the calls to it, until `stop`."""
-        self._thread = threading.get_ident()
-        self._token.set_result(trio.lowlevel.current_trio_token())
-        with self._life:
-            async with open_it() as node:
-                self._life = trio.CancelScope()  # `stop` ends the serving: the node says goodbye
-                with self._life:
-                    await self.serve(lambda: opened.set_result(node))
-
-    async def serve(self, started: Callable[[], None]) -> None:
-        """Answer calls; when it is cancelled, those that still run end with `NodeClosed`."""
-        async with trio.open_nursery() as self._calls:
-            try:
-                started()
-                await trio.sleep_forever()
-            finally:
-                self._calls = None
-
-    def call(self, afn: Callable[..., Awaitable[T]], *args: Any, seconds: float) -> T:
-        """Run `afn` in Trio's thread and wait for it, from another thread.
-
-        Raises what `afn` raises, `CallTimeout` after `seconds`, or `NodeClosed`.
-        """
-        if threading.get_ident() == self._thread:
-            raise LocalProtocolError("a swarm is called from any thread but its own")
-        job = Job(afn, args, seconds)
-        try:
-            self._submit(job)
-            job.wait(seconds + SLACK)
-        except BaseException:  # an interrupt, too: nobody waits for the call any more
-            with contextlib.suppress(NodeClosed):
-                self._soon(job.scope.cancel)
-            raise
-        if job.error is not None:
-            try:
-                raise job.error
-            finally:
-                del job  # as in `_answer`
-        return cast("T", job.answer)
-
-    def stop(self) -> None:
-        """End `live`, from any thread."""
-        self._soon(lambda: self._life.cancel())
-
-    def _soon(self, function: Callable[..., object], *args: object) -> None:
-        try:
-            self._token.result().run_sync_soon(function, *args)
-        except trio.RunFinishedError:
-            raise NodeClosed(CLOSED) from None
-
-    def _next_job(self) -> Job | None:
-        try:
-            return self._jobs.popleft()
-        except IndexError:
-            return None
-
-    def _submit(self, job: Job) -> None:
-        """Have a job taken: of many that come at once, the first one wakes Trio for all."""
-        self._jobs.append(job)
-        if self._woken:
-            return
-        try:
-            self._woken = True
-            self._soon(self._take)
-        except BaseException:  # it is closed, or an interrupt came just now
-            self._woken = False
-            while (other := self._next_job()) is not None:
-                other.end(None, NodeClosed(CLOSED))
-            raise
-
-    def _take(self) -> None:
-        self._woken = False
-        while (job := self._next_job()) is not None:
-            if self._calls is None:
-                job.end(None, NodeClosed(CLOSED))
-            else:
-                self._calls.start_soon(self._answer, job)
-
-    async def _answer(self, job: Job) -> None:
-        answer: Any = None
-        error: Exception | None = NodeClosed(CLOSED)  # if it is cancelled from outside
-        job.scope.deadline = trio.current_time() + job.seconds
-        try:
-            with job.scope:
-                answer, error = await job.afn(*job.args), None
-            if job.scope.cancelled_caught:
-                error = _timeout(job.seconds)
-        except Exception as failure:  # noqa: BLE001  the waiting thread gets it, whole
-            error = failure
-        finally:
-            job.end(answer, error)
-            del job, error  # what was raised leads to this frame, and must not lead to itself
 
 
 class Swarm:
@@ -230,17 +89,24 @@ class Swarm:
             " call `p2pmoe.connect` where it is loaded"
         )
 
-    def call(self, afn: Callable[..., Awaitable[T]], *args: Any, timeout: float = TIMEOUT) -> T:
+    def call(
+        self,
+        afn: Callable[..., Awaitable[T]],
+        *args: Any,
+        timeout: float = TIMEOUT,
+        desk: Desk | None = None,
+    ) -> T:
         """Run an async function in the swarm's thread and wait for it, `timeout` seconds at most.
 
-        Raises what it raises, `CallTimeout`, `NodeClosed`, or `ForkedProcessError`.
+        A `desk` may do the same without it. Raises what the function raises, `CallTimeout`,
+        `NodeClosed`, or `ForkedProcessError`.
         """
         if os.getpid() != self._process:
             raise ForkedProcessError(
                 f"this swarm belongs to process {self._process}: connect again in process"
                 f" {os.getpid()}, or start it by spawning"
             )
-        return self._bridge.call(afn, *args, seconds=timeout)
+        return self._bridge.call(afn, *args, seconds=timeout, desk=desk)
 
     def keep(self, key: Hashable, make: Callable[[Node], P], *, timeout: float = TIMEOUT) -> P:
         """The part that was made for `key`; made and begun when there is none yet."""
@@ -331,7 +197,7 @@ def _wait(future: Future[Any], seconds: float) -> None:
     give_up = time.monotonic() + seconds
     while not wait([future], TURN).done:
         if time.monotonic() > give_up:
-            raise _timeout(seconds)
+            raise timed_out(seconds)
 
 
 def _run(bridge: Bridge, open_it: Opening, opened: Future[Node]) -> None:
@@ -380,9 +246,3 @@ def _seen(reading: GridReading | None) -> str:
     peers = {lease.peer for lease in reading.cells.values()}
     more = ", ..." if len(uids) > SHOWN else ""
     return f"saw {', '.join(uids[:SHOWN])}{more} on {len(peers)} peers"
-
-
-def _timeout(seconds: float) -> CallTimeout:
-    error = CallTimeout(f"no answer after {seconds:g} s")
-    error.elapsed = seconds
-    return error

@@ -42,7 +42,7 @@ HELP_SECONDS = 0.2  # what `--help` may take on a quiet machine
 SLACK = 5.0  # how much slower a busy one may be
 
 # Beside every service.py: who may have work done in another thread.
-THREADS = {"dht/keeping.py", "experts/compute.py", "experts/snapshot.py", "swarm.py"}
+THREADS = {"dht/keeping.py", "experts/compute.py", "experts/snapshot.py", "bridge.py", "swarm.py"}
 NEVER_IMPORTED = {"asyncio", "multiprocessing", "trio_typing", "marshal", "shelve"}
 NEVER_USED = {"spawn_system_task", "torch.load", "os.fork", "np.load", "numpy.load"}
 SPEAKING = sorted(

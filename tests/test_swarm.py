@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from p2pmoe.bridge import Job
 from p2pmoe.errors import (
     CallTimeout,
     ConfigurationError,
@@ -25,7 +26,7 @@ from p2pmoe.errors import (
     PeerUnreachable,
 )
 from p2pmoe.identity import PeerId
-from p2pmoe.swarm import Job, Swarm, connect, start_swarm
+from p2pmoe.swarm import Swarm, connect, start_swarm
 
 
 class Node:
@@ -154,6 +155,87 @@ def test_a_job_that_relied_on_a_wake_that_failed_is_told_so(swarm: Swarm, monkey
     assert swarm.call(double, 1) == 2
 
 
+def test_an_interrupt_of_who_wakes_trio_ends_no_other_threads_job(
+    swarm: Swarm, monkeypatch
+) -> None:
+    bridge, other = swarm._bridge, Job(double, (21,), 1.0)
+    soon, interrupted = bridge._soon, []
+
+    def interrupt(function, *args) -> None:
+        if not interrupted:
+            bridge._jobs.append(other)  # of another thread, which sees that somebody wakes Trio
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        soon(function, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bridge, "_soon", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            swarm.call(double, 1)
+    other.wait(5)
+    assert other.answer == 42
+    assert swarm.call(double, 1) == 2
+
+
+class Desk:
+    """Answers even numbers, and has odd ones called otherwise; may keep all of them waiting."""
+
+    def __init__(self, *, keeps: bool = False) -> None:
+        self.keeps = keeps
+        self.kept: list[Job] = []
+        self.asked = threading.Event()
+        self.forgotten = threading.Event()
+
+    def begin(self, jobs: Sequence[Job], otherwise: Callable[[Job], None]) -> None:
+        self.asked.set()
+        for job in jobs:
+            if self.keeps:
+                self.kept.append(job)
+            elif job.args[0] % 2:
+                otherwise(job)
+            else:
+                job.end("even")
+
+    def forget(self, job: Job) -> None:
+        assert [job] == self.kept
+        self.forgotten.set()
+
+    def close(self) -> None:
+        for job in self.kept:
+            job.end(None, NodeClosed("it is over"))
+
+
+def test_a_desk_does_what_it_can_without_a_task_of_its_own(swarm: Swarm) -> None:
+    desk = Desk()
+    assert [swarm.call(double, n, desk=desk) for n in range(4)] == ["even", 2, "even", 6]
+
+
+def test_a_desk_is_told_that_nobody_waits_any_more(swarm: Swarm, monkeypatch) -> None:
+    monkeypatch.setattr("p2pmoe.bridge.SLACK", 0.05)
+    desk = Desk(keeps=True)
+    with pytest.raises(CallTimeout):
+        swarm.call(double, 1, timeout=0.05, desk=desk)
+    assert desk.forgotten.wait(10)
+
+
+def test_a_desk_is_closed_with_the_swarm() -> None:
+    desk, swarm, found = Desk(keeps=True), start_swarm(open_fake), []
+
+    def wait() -> None:
+        with pytest.raises(NodeClosed, match="it is over"):
+            swarm.call(double, 1, desk=desk)
+        found.append(True)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert desk.asked.wait(10)
+    swarm.close()
+    thread.join(10)
+    assert found
+    with pytest.raises(NodeClosed):
+        swarm.call(double, 1, desk=desk)
+
+
 def test_a_call_ends_at_its_deadline_on_both_sides(swarm: Swarm) -> None:
     sleeper = Sleeper()
     with pytest.raises(CallTimeout, match=r"no answer after 0\.05 s") as caught:
@@ -163,7 +245,7 @@ def test_a_call_ends_at_its_deadline_on_both_sides(swarm: Swarm) -> None:
 
 
 def test_a_thread_that_never_yields_does_not_hold_its_caller(swarm: Swarm, monkeypatch) -> None:
-    monkeypatch.setattr("p2pmoe.swarm.SLACK", 0.05)
+    monkeypatch.setattr("p2pmoe.bridge.SLACK", 0.05)
     free = threading.Event()
 
     async def hog() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from p2pmoe.errors import ConfigurationError, SchemaMismatch
-from p2pmoe.wire.tensor import DTYPES, TensorDescriptor, layout
+from p2pmoe.wire.tensor import DTYPES, TensorDescriptor, join_pieces
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("tensors travel little-endian, and so must this machine")
@@ -76,14 +76,8 @@ def rows_to_wire(
     Pieces that lie behind each other in memory are sent as one. They may differ in rows alone.
     """
     described = tuple(map(_describe_rows, columns))
-    payload: list[memoryview] = []
-    end = 0
-    for at, descriptor, pieces in zip(layout(described).offsets, described, columns, strict=True):
-        if at > end:
-            payload.append(memoryview(bytes(at - end)))
-        payload += map(to_wire, _joined(pieces))
-        end = at + descriptor.nbytes
-    return described, payload
+    views = [list(map(to_wire, _joined(pieces))) for pieces in columns]
+    return described, join_pieces(described, views)
 
 
 def _describe_rows(pieces: Sequence[torch.Tensor]) -> TensorDescriptor:

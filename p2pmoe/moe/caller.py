@@ -12,7 +12,7 @@ part, never raised.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import trio
@@ -33,11 +33,12 @@ from p2pmoe.errors import (
 )
 from p2pmoe.experts.messages import BACKWARD, FORWARD, Answer
 from p2pmoe.identity import PeerId
+from p2pmoe.moe.alone import Alone
 from p2pmoe.moe.auditing import Auditor
 from p2pmoe.moe.calls import Ask, Crossing, Outcome, Tensors, read_answer, request
 from p2pmoe.moe.dispatch import group
 from p2pmoe.moe.hedging import Lateness
-from p2pmoe.moe.quorum import Quorum, Single
+from p2pmoe.moe.quorum import Quorum
 from p2pmoe.moe.standing import Key, Standing, StandingParams
 from p2pmoe.moe.stats import Passes
 from p2pmoe.node import Node
@@ -46,6 +47,7 @@ from p2pmoe.wire.peer_record import Contact
 
 T = TypeVar("T")
 
+LATE = "the answer came too late to be waited for"
 WHOLE = ""  # in a key, for a server with all its experts
 
 
@@ -76,25 +78,22 @@ class _Trip:
         self,
         crossing: Crossing,
         late: Lateness,
-        quorum: Quorum | Single,
+        quorum: Quorum,
         now: float,
-        calls: trio.Nursery | None = None,
+        calls: trio.Nursery,
     ) -> None:
         self.method, self.hedge, self.late = crossing.method, crossing.hedge, late
-        self.read = crossing.alone.take if crossing.alone else read_answer
-        self.request = crossing.alone and crossing.alone.request
         self.asks = dict(crossing.asks)
         self.outcome = Outcome()
         self.ended = trio.Event()  # every part has its answer, or none
         self.began = now
         self.quorum = quorum
-        self.calls = calls  # where more than one part is asked; its deadline is the quorum's
+        self.calls = calls  # its deadline is the quorum's
         self._wait()
 
     def _wait(self) -> None:
         """As long as the quorum says."""
-        if self.calls is not None:
-            self.calls.cancel_scope.deadline = self.quorum.next_deadline()
+        self.calls.cancel_scope.deadline = self.quorum.next_deadline()
 
     def took(self, answers: Mapping[int, Tensors], errors: Mapping[int, P2PMoEError]) -> None:
         """Parts have good answers, or no answer, or a bad one."""
@@ -126,31 +125,6 @@ class Caller:
         self.standing.asked(keys.values(), now)
         hedged = keys if crossing.hedge is not None else {}
         late = Lateness({i: self.standing.usual(key) for i, key in hedged.items()}, now)
-        if crossing.alone is not None:
-            trip = await self._alone(crossing, late, now)
-        else:
-            trip = await self._together(crossing, late, now)
-        self._conclude(crossing, trip)
-        return trip.outcome
-
-    async def _alone(self, crossing: Crossing, late: Lateness, now: float) -> _Trip:
-        """One part, in no task of its own."""
-        quorum = Single(crossing.rows, crossing.wait, now)
-        trip = _Trip(crossing, late, quorum, now)
-        with trio.CancelScope(deadline=quorum.next_deadline()):
-            await self._call(trip, crossing.asks[0].peer, (0,))
-        return trip
-
-    async def regret(self, crossing: Crossing, error: P2PMoEError) -> None:
-        """The answer to a part alone, which was good as far as Trio's thread looked, is none."""
-        [ask] = crossing.asks.values()
-        self._blame({ask: error})
-        self._tell()
-        figures = {"rows_served": -1, "answered": -ask.rows, f"missed.{error.code}": ask.rows}
-        self.passes.add(crossing.method, figures)
-
-    async def _together(self, crossing: Crossing, late: Lateness, now: float) -> _Trip:
-        """Many parts, or one for which others are asked when it is late."""
         quorum = Quorum(crossing.rows_of, crossing.rows, crossing.wait, now)
         async with trio.open_nursery() as calls:
             trip = _Trip(crossing, late, quorum, now, calls)
@@ -158,19 +132,20 @@ class Caller:
             if crossing.hedge is not None:
                 crossing.hedge.budget.earn(sum(ask.rows for ask in crossing.asks.values()))
                 await self._mind(trip)
-        return trip
+        self._conclude(crossing, trip)
+        return trip.outcome
 
     def _conclude(self, crossing: Crossing, trip: _Trip) -> None:
         """Nothing more will come."""
         outcome, now = trip.outcome, trio.current_time()
         for index in trip.asks.keys() - outcome.answers.keys() - outcome.errors.keys():
-            outcome.errors[index] = CallTimeout("the answer came too late to be waited for")
+            outcome.errors[index] = CallTimeout(LATE)
             if index in crossing.asks:  # the others had less time than a part gets
                 self.standing.missed(_key(trip.asks[index]), now)
         for index, tensors in outcome.answers.items() if crossing.audit else ():
             step = outcome.steps[index]
             self.auditor.saw(trip.asks[index], tensors, step, crossing.audit)
-        self._tell()
+        self.tell()
         outcome.hedged = len(trip.asks) - len(crossing.asks)
         outcome.served = trip.quorum.rows_served
         outcome.seconds, outcome.waited = now - trip.began, trip.quorum.waited(now)
@@ -192,26 +167,40 @@ class Caller:
         }
         self.passes.add(crossing.method, figures)
         if crossing.method == BACKWARD:
-            self._learnt(crossing, outcome)
+            taught = [i for i in outcome.answers if not crossing.asks[i].dry_run]
+            steps = crossing.steps
+            self._learnt(crossing.norm, [(steps.get(i, 0), outcome.steps[i]) for i in taught])
             return
         self.passes.hedged += sum(rows[i] for i in trip.asks.keys() - crossing.asks.keys())
-        if not crossing.wait.patience:
-            return  # its caller wants to wait for nobody
-        skipped = crossing.rows - outcome.served
-        if advice := self.passes.skipped.add(crossing.rows, skipped, missed, now):
+        if crossing.wait.patience:  # else its caller wants to wait for nobody
+            self._skipped(crossing.rows, crossing.rows - outcome.served, missed, now)
+
+    def count_alone(self, part: Alone, error: P2PMoEError | None, now: float) -> None:
+        """The same for a pass that is one part, of which each row needs one answer."""
+        served, rows = int(error is None), part.rows
+        missed = {} if error is None else {error.code: rows}
+        figures = {"passes": 1, "rows": 1, "rows_served": served, "asked": rows}
+        figures["answered"] = rows * served
+        self.passes.add(part.method, figures | {f"missed.{code}": rows for code in missed})
+        if part.method == BACKWARD:
+            self._learnt(0.0, [(0, part.step)] if served and not part.ask.dry_run else [])
+        elif part.seconds:
+            self._skipped(1, 1 - served, missed, now)
+
+    def _skipped(self, rows: int, skipped: int, missed: Mapping[str, int], now: float) -> None:
+        """So many rows of a batch did not get the answers they need."""
+        if advice := self.passes.skipped.add(rows, skipped, missed, now):
             share = f"{self.passes.skipped.share:.0%}"
             telemetry.emit(
                 "moe.rows.skipped", level="warning", grid=self._grid, share=share, advice=advice
             )
 
-    def _learnt(self, crossing: Crossing, outcome: Outcome) -> None:
-        """Updates were brought, but for those that were dry runs."""
+    def _learnt(self, norm: float, taught: Sequence[tuple[int, int]]) -> None:
+        """Gradients of this norm were brought, and updates: steps at the forward pass, and now."""
         passes = self.passes
-        passes.learning.brought(crossing.norm)
-        taught = [i for i in outcome.answers if not crossing.asks[i].dry_run]
-        for index in taught:
-            before = crossing.steps.get(index, 0)
-            passes.learning.updated(before, outcome.steps[index])
+        passes.learning.brought(norm)
+        for before, after in taught:
+            passes.learning.updated(before, after)
         if taught and passes.others and not passes.told_of_others:
             passes.told_of_others = True
             telemetry.emit(
@@ -225,7 +214,6 @@ class Caller:
 
     # -------------------------------------------------------------------------------- the calls
     def _start(self, trip: _Trip, asks: Mapping[int, Ask]) -> None:
-        assert trip.calls is not None
         for peer, indices in group(asks):
             trip.calls.start_soon(self._call, trip, peer, indices)
 
@@ -243,7 +231,6 @@ class Caller:
                 continue
             spares = trip.hedge.spares(index)
             asks = {spare.index: spare.ask for spare in spares}
-            assert isinstance(trip.quorum, Quorum)
             trip.quorum.asked({spare.index: spare.rows for spare in spares})
             trip.asks |= asks
             self._start(trip, asks)
@@ -256,13 +243,13 @@ class Caller:
         began = trio.current_time()
         error: P2PMoEError = RemoteError("the answer ended before this part", peer=peer.short)
         try:
-            body, payload = trip.request or request(list(waiting.values()))
+            body, payload = request(list(waiting.values()))
             async with self._node.pool.open_call(
                 self._book.contact(peer), trip.method, body, payload, bulk=True
             ) as parts:
                 async for part in parts:
                     answer = schema.decode_again(part.body, Answer)
-                    answers, errors = trip.read(waiting, answer, part.payload)
+                    answers, errors = read_answer(waiting, answer, part.payload)
                     now = trio.current_time()
                     seconds = now - began if trip.method == FORWARD else None
                     for at in answers:
@@ -289,14 +276,14 @@ class Caller:
         for index in answers:
             trip.late.answered(index)
         if errors:
-            self._blame({trip.asks[index]: error for index, error in errors.items()})
+            self.blame({trip.asks[index]: error for index, error in errors.items()})
             for index in errors:
                 trip.late.failed(index)
             self._hedge(trip)  # before its rows are given up
         trip.took(answers, errors)
 
     # -------------------------------------------------------------------------------- what follows
-    def _blame(self, errors: Mapping[Ask, P2PMoEError]) -> None:
+    def blame(self, errors: Mapping[Ask, P2PMoEError]) -> None:
         """Say whose fault an error was, and remember it; who is gone is not asked again."""
         gone, now = [], trio.current_time()
         for ask, error in errors.items():
@@ -311,7 +298,7 @@ class Caller:
         if gone:
             self._book.gone(gone)
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         """Let the view follow the standing."""
         if self._told != self.standing.changes:
             self._told = self.standing.changes

@@ -6,7 +6,7 @@ a part of a received payload, so tensors go out of their own memory and come in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +28,7 @@ from p2pmoe.identity import PeerId
 from p2pmoe.moe.hedging import HedgeBudget
 from p2pmoe.moe.quorum import QuorumParams
 from p2pmoe.wire import schema
-from p2pmoe.wire.tensor import ALIGNMENT, split
+from p2pmoe.wire.tensor import ALIGNMENT, TensorDescriptor, split
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -95,7 +95,6 @@ class Crossing:
     audit: float = 0.0  # share of the answers to compute again
     steps: Mapping[int, int] = field(default_factory=dict)
     norm: float = 0.0
-    alone: Alone | None = None  # the one part, if the asking thread makes and reads its tensors
 
 
 @dataclass(slots=True)
@@ -120,9 +119,14 @@ def request(asks: Sequence[Ask]) -> tuple[bytes, list[memoryview]]:
     """The body and the payload of a call for these parts, all of one direction and kind."""
     given = [(*ask.inputs, *ask.grads) for ask in asks]
     tensors, payload = rows_to_wire(list(zip(*given, strict=True)))
+    return body_of(asks, tensors), payload
+
+
+def body_of(asks: Sequence[Ask], tensors: tuple[TensorDescriptor, ...]) -> bytes:
+    """The body of such a call; `tensors` have the rows of all parts."""
     if not asks[0].update:
         forward = [ForwardPart(uid=ask.uid, lease=ask.lease, rows=ask.rows) for ask in asks]
-        return schema.encode_again(ForwardRequest(parts=tuple(forward), inputs=tensors)), payload
+        return schema.encode_again(ForwardRequest(parts=tuple(forward), inputs=tensors))
     backward = [
         BackwardPart(uid=ask.uid, lease=ask.lease, rows=ask.rows, update=ask.update) for ask in asks
     ]
@@ -133,7 +137,7 @@ def request(asks: Sequence[Ask]) -> tuple[bytes, list[memoryview]]:
         grads=tensors[count:],
         dry_run=asks[0].dry_run,
     )
-    return schema.encode(body), payload
+    return schema.encode(body)
 
 
 def read_answer(
@@ -142,10 +146,9 @@ def read_answer(
     """What an answer brought for these parts of a call, by index: tensors, or why there are none.
 
     Tensors that are not what was asked for fail the parts that they are for: why `answer.shape`
-    or `answer.rows`, or as `wire.tensor`. Raises `MalformedMessage` with why `answer.index` when it
-    speaks of parts that nobody waits for.
+    or `answer.rows`, or as `wire.tensor`. Raises as `parts_of`.
     """
-    good, errors = _parts_of(asks, answer)
+    good, errors = parts_of(asks, answer)
     try:
         answers, finite = _tensors_of({index: asks[index] for index in good}, answer, payload)
     except MalformedMessage as bad:
@@ -157,41 +160,15 @@ def read_answer(
     return answers, errors
 
 
-class Alone:
-    """The only part of a crossing. Its tensors are made and read in the thread that asks.
+def parts_of(asked: Container[int], answer: Answer) -> tuple[list[int], dict[int, P2PMoEError]]:
+    """Which of these parts an answer has tensors for, and why there are none for others.
 
-    Torch gives up the interpreter's lock at each step, and Trio's thread would wait for it behind
-    every thread that trains.
+    Raises `MalformedMessage` with why `answer.index` when it speaks of others, or twice of one.
     """
-
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
-        self.request = request([ask])
-        self._came: tuple[Answer, memoryview] | None = None
-
-    def take(
-        self, asks: Mapping[int, Ask], answer: Answer, payload: memoryview
-    ) -> tuple[dict[int, Tensors], dict[int, P2PMoEError]]:
-        """As `read_answer`, but for the tensors."""
-        self._came = answer, payload
-        good, errors = _parts_of(asks, answer)
-        return dict.fromkeys(good, ()), errors
-
-    def tensors(self) -> Tensors:
-        """Those of the answer that was taken; raises what is wrong with them."""
-        assert self._came is not None
-        answers, errors = read_answer({0: self._ask}, *self._came)
-        for error in errors.values():
-            raise error
-        return answers[0]
-
-
-def _parts_of(asks: Mapping[int, Ask], answer: Answer) -> tuple[list[int], dict[int, P2PMoEError]]:
-    """Which parts an answer has tensors for, and why there are none for others."""
     errors: dict[int, P2PMoEError] = {}
     good: list[int] = []
     for part in answer.parts:
-        if part.index not in asks or part.index in errors or part.index in good:
+        if part.index not in asked or part.index in errors or part.index in good:
             raise MalformedMessage("answer.index", str(part.index))
         if part.code:
             hint = answer.retry_after_ms / 1000 if answer.retry_after_ms else None
@@ -207,14 +184,15 @@ def _tensors_of(
     """Each part's rows of the tensors of an answer, and whether all of them are finite."""
     rows = [ask.rows for ask in asks.values()]
     for specs in {ask.answer for ask in asks.values()}:
-        _check_shape(specs, answer, sum(rows))
+        check_shape(specs, answer, sum(rows))
     whole = list(map(from_wire, answer.tensors, split(payload, answer.tensors)))
     columns = [torch.split(tensor, rows) if len(rows) > 1 else (tensor,) for tensor in whole]
     pieces = zip(*columns, strict=True) if columns else [()] * len(rows)
     return dict(zip(asks, pieces, strict=True)), all(map(all_finite, whole))
 
 
-def _check_shape(specs: tuple[TensorSpec, ...], answer: Answer, rows: int) -> None:
+def check_shape(specs: tuple[TensorSpec, ...], answer: Answer, rows: int) -> None:
+    """Refuse an answer that does not have so many rows of what was asked for, as `read_answer`."""
     try:
         fitting = not specs or fitting_rows(specs, answer.tensors, "answers") == rows
     except SchemaMismatch as error:

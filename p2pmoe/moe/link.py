@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
+from p2pmoe.bridge import SLACK
 from p2pmoe.dht.directory import MOST_CELLS
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.manifest import grid_of, specs_of
 from p2pmoe.experts.messages import TensorSpec
 from p2pmoe.experts.uid import Grid
-from p2pmoe.moe.calls import Alone, Ask, Crossing, Outcome, Tensors
-from p2pmoe.moe.quorum import QuorumParams
+from p2pmoe.moe.alone import Alone
+from p2pmoe.moe.calls import Ask, Crossing, Outcome, Tensors
 from p2pmoe.moe.select import View
 from p2pmoe.moe.service import MixtureService
-from p2pmoe.swarm import SLACK, Swarm
+from p2pmoe.swarm import Swarm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,16 +62,14 @@ class Link:
         """Send the parts, wait as long as the crossing says, and return what came back."""
         return self.swarm.call(self.service.cross, crossing, timeout=crossing.wait.timeout + SLACK)
 
-    def ask(self, method: str, ask: Ask, wait: QuorumParams) -> Tensors:
+    def ask(self, method: str, ask: Ask, seconds: float) -> Tensors:
         """Send one part alone; what it is answered, or its error, raised."""
-        alone = Alone(ask)
-        crossing = Crossing(method, {0: ask}, {}, 1, wait, alone=alone)
-        for error in self.cross(crossing).errors.values():
-            raise error
+        alone, desk = Alone(method, ask, seconds), self.service.desk
+        self.swarm.call(desk.ask, alone, timeout=seconds + SLACK, desk=desk)
         try:
             return alone.tensors()
         except P2PMoEError as error:
-            self.swarm.call(self.service.regret, crossing, error)
+            self.swarm.call(desk.regret, alone, error)
             raise
 
     def next_update(self) -> bytes:

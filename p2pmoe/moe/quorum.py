@@ -94,38 +94,6 @@ class Quorum:
         return (now if self._last_answer == -math.inf else self._last_answer) - self._started
 
 
-class Single:
-    """The quorum of a batch that is one part, of which each row needs one answer: a tenth as dear.
-
-    It waits until that part has ended, and has no use for `grace`.
-    """
-
-    def __init__(self, rows: int, params: QuorumParams, now: float) -> None:
-        self._rows, self._started = rows, now
-        self._deadline = now + min(params.patience, params.timeout)
-        self._answered_at: float | None = None
-
-    @property
-    def rows_served(self) -> int:
-        """How many rows have their answer."""
-        return 0 if self._answered_at is None else self._rows
-
-    def answered(self, _parts: Iterable[int], now: float) -> None:
-        """The answer came and can be used."""
-        self._answered_at = now
-
-    def failed(self, _parts: Iterable[int], _now: float) -> None:
-        """No answer will come."""
-
-    def next_deadline(self) -> float:
-        """When to stop waiting."""
-        return self._deadline
-
-    def waited(self, now: float) -> float:
-        """Seconds until the answer; until `now` if none came."""
-        return (now if self._answered_at is None else self._answered_at) - self._started
-
-
 class Waits:
     """The waits of the latest batches."""
 

@@ -21,7 +21,6 @@ from p2pmoe.experts.tensors import all_finite, describe
 from p2pmoe.experts.uid import ExpertUid
 from p2pmoe.moe.calls import Ask, Tensors, spec_of
 from p2pmoe.moe.link import open_link
-from p2pmoe.moe.quorum import QuorumParams
 from p2pmoe.swarm import TIMEOUT, Swarm
 
 
@@ -94,8 +93,7 @@ class _ExpertTrip:
             update, dry_run = link.next_update(), not expert.training
             ask = replace(ask, grads=grads, update=update, dry_run=dry_run)
         method = BACKWARD if grads else FORWARD
-        wait = QuorumParams(k_min=1, grace=0.0, patience=left, timeout=left)
-        return link.ask(method, ask, wait)
+        return link.ask(method, ask, left)
 
 
 class RemoteExpert(nn.Module):

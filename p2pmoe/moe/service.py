@@ -30,6 +30,7 @@ from p2pmoe.moe.audit import Verdict
 from p2pmoe.moe.beam import BeamParams
 from p2pmoe.moe.caller import Caller
 from p2pmoe.moe.calls import Crossing, Outcome
+from p2pmoe.moe.desk import AloneDesk
 from p2pmoe.moe.search import GridSearch
 from p2pmoe.moe.select import Cell, View, view_of
 from p2pmoe.node import Node
@@ -67,6 +68,7 @@ class MixtureService:
         self._begun = False  # whether there was a reading, and its servers have been asked
         self._stirred = trio.Event()
         self._caller = Caller(node, watch, self)
+        self.desk = AloneDesk(node, self, self._caller)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the view fresh, until cancelled."""
@@ -74,6 +76,7 @@ class MixtureService:
         async with trio.open_nursery() as asks:
             asks.start_soon(self._follow)
             asks.start_soon(self._caller.auditor.run)
+            asks.start_soon(self.desk.run)
             task_status.started()
             while True:
                 stirred, unknown = self._stirred, self._refresh()
@@ -145,10 +148,6 @@ class MixtureService:
     async def cross(self, crossing: Crossing) -> Outcome:
         """Make the calls of a pass, and wait for them as long as its quorum says."""
         return await self._caller.cross(crossing)
-
-    async def regret(self, crossing: Crossing, error: P2PMoEError) -> None:
-        """As the caller's."""
-        await self._caller.regret(crossing, error)
 
     def describe(self) -> dict[str, dict[str, int | str]]:
         """What became of the passes, and what is known of the experts, for `swarm.stats()`."""

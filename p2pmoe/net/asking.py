@@ -21,32 +21,40 @@ class NotBegun(PeerUnreachable):
 class OutgoingCall:
     """A call on one connection: take its parts, then `close` it, which cancels what has not ended.
 
-    `taken(bytes)` and `cancel()` tell the connection; it says `arrived` and `ended`.
+    `taken(bytes)` and `cancel()` tell the connection; it says `arrived` and `ended`. `news` is
+    called after each of these, for who takes without waiting; it may close the call.
     """
 
-    __slots__ = ("_cancel", "_ended", "_error", "_method", "_news", "_parts", "_taken")
+    __slots__ = ("_cancel", "_error", "_method", "_parts", "_taken", "news", "over")
 
     def __init__(
         self, method: str, taken: Callable[[int], None], cancel: Callable[[], None]
     ) -> None:
         self._method, self._taken, self._cancel = method, taken, cancel
         self._parts: deque[Part] = deque()
-        self._ended = False
         self._error: P2PMoEError | None = None
-        self._news = trio.lowlevel.ParkingLot()
+        self.over = False  # no more parts will come
+        self.news: Callable[[], object] = _nothing
 
     async def next_part(self) -> Part | None:
-        """Wait for the next part of the answer; `None` at its end.
+        """Wait for the next part of the answer; `None` at its end. Raises as `take`."""
+        if self._parts or self.over:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            waiting = trio.lowlevel.ParkingLot()
+            self.news = waiting.unpark_all
+            while not self._parts and not self.over:
+                await waiting.park()
+        return self.take()
+
+    def take(self) -> Part | None:
+        """The next part of the answer that is there; `None` if there is none.
 
         Raises the error that the other side answered, `ConnectionLost` or `NotBegun`.
         """
-        if self._parts or self._ended:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._parts and not self._ended:
-            await self._news.park()
         if self._parts:
             part = self._parts.popleft()
-            if not self._ended:
+            if not self.over:
                 self._taken(len(part.payload))
             return part
         if self._error is not None:
@@ -55,20 +63,25 @@ class OutgoingCall:
 
     def close(self) -> None:
         """Nobody waits any more."""
-        if not self._ended:
+        self.news = _nothing
+        if not self.over:
             self._cancel()
             self.ended(None, "cancelled")
 
     def arrived(self, part: Part) -> None:
         """A part has come."""
         self._parts.append(part)
-        self._news.unpark_all()
+        self.news()
 
     def ended(self, error: P2PMoEError | None, result: str) -> None:
         """No more parts will come."""
-        self._ended, self._error = True, error
-        self._news.unpark_all()
+        self.over, self._error = True, error
         telemetry.count("p2pmoe_calls_total", side="client", op=self._method, result=result)
+        self.news()
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 class Replies:

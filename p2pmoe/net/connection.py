@@ -318,7 +318,9 @@ class Connection:
 
     def _settle(self, effect: CallEnded | CallLost) -> None:
         """A call of ours is over."""
-        outgoing = self._asked.pop(effect.id)
+        outgoing = self._asked.pop(effect.id, None)
+        if outgoing is None:
+            return  # it was closed at the news of its last part
         self.last_used = trio.current_time()
         if isinstance(effect, CallLost):
             kind = ConnectionLost if effect.begun else NotBegun

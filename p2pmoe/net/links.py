@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -176,3 +176,19 @@ class Links:
         if not crossed or older.outbound == newer.outbound:
             return False
         return older.outbound == (self._own < older.peer)
+
+
+def unused(connections: Iterable[Connection], idle: float, most: int) -> list[Connection]:
+    """Those not used for `idle` seconds, and as many control connections as are beyond `most`.
+
+    Of these the ones that were used least lately.
+    """
+    every, longest = list(connections), trio.current_time() - idle
+    surplus = sum(not each.bulk for each in every) - most
+    waiting = [each for each in every if each.open and not any(each.calls)]
+    chosen: list[Connection] = []
+    for connection in sorted(waiting, key=lambda each: each.last_used):
+        if connection.last_used <= longest or (surplus > 0 and not connection.bulk):
+            surplus -= not connection.bulk
+            chosen.append(connection)
+    return chosen

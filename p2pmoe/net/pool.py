@@ -34,7 +34,7 @@ from p2pmoe.net.connection import Connection, Handler
 from p2pmoe.net.door import Door
 from p2pmoe.net.events import DialFailed, PeerConnected, PeerLost, PoolEvent
 from p2pmoe.net.greeting import Greeted, Greeter
-from p2pmoe.net.links import Dial, Dials, Links
+from p2pmoe.net.links import Dial, Dials, Links, unused
 from p2pmoe.net.outbox import Buffer
 from p2pmoe.net.quota import Quota, QuotaParams
 from p2pmoe.net.transport import Channel, Transport
@@ -146,6 +146,14 @@ class Pool:
 
         return Replies(ask)
 
+    def open_connection(self, to: Contact, *, bulk: bool) -> Connection | None:
+        """The best connection to this peer that is open, to `ask` at once; `None` where none is."""
+        links = self._links(to.peer)
+        best = links.best(bulk=bulk)
+        if bulk and best is not None and best.unsent_bytes:
+            self._dial_another(links, to)
+        return best
+
     async def connect(self, address: Address) -> Greeted:
         """Dial an address whose peer is not known yet. Raises as a dial does in `call`.
 
@@ -237,11 +245,9 @@ class Pool:
     async def _connection(self, to: Contact, *, bulk: bool) -> Connection:
         """The best open connection to a peer; waits for a dial when there is none."""
         for _ in range(ATTEMPTS):
-            links = self._links(to.peer)
-            if (best := links.best(bulk=bulk)) is not None:
-                if bulk and best.unsent_bytes:
-                    self._dial_another(links, to)
+            if (best := self.open_connection(to, bulk=bulk)) is not None:
                 return best
+            links = self._links(to.peer)
             dial = links.waiting(bulk=bulk) or self._order(Dial(to.addresses, to.peer, bulk))
             try:
                 connection = await dial.wait()
@@ -337,17 +343,11 @@ class Pool:
             self._notify(PeerLost(peer, error))
 
     async def _retire_idle(self) -> None:
+        params = self._params
         while True:
-            await trio.sleep(self._params.idle_check)
-            longest = trio.current_time() - self._params.idle
-            idle = [each for each in self._connections() if each.open and not any(each.calls)]
-            idle.sort(key=lambda each: each.last_used)
-            surplus = sum(not each.bulk for each in self._connections())
-            surplus -= self._params.control_connections
-            for connection in idle:
-                if connection.last_used <= longest or (surplus > 0 and not connection.bulk):
-                    surplus -= not connection.bulk
-                    connection.retire()
+            await trio.sleep(params.idle_check)
+            for each in unused(self._connections(), params.idle, params.control_connections):
+                each.retire()
 
     def _connections(self, peer: PeerId | None = None) -> Iterator[Connection]:
         """All connections, or those of one peer."""

@@ -103,14 +103,22 @@ def join(
     descriptors: Sequence[TensorDescriptor], buffers: Sequence[memoryview]
 ) -> list[memoryview]:
     """What to send for these tensors: their own memory, with zeros between them."""
-    pieces, end = [], 0
-    for offset, descriptor, buffer in zip(
-        layout(descriptors).offsets, descriptors, buffers, strict=True
-    ):
+    for descriptor, buffer in zip(descriptors, buffers, strict=True):
         if buffer.nbytes != descriptor.nbytes:
             raise ValueError(f"a buffer of {buffer.nbytes} bytes for {descriptor.nbytes}")
+    return join_pieces(descriptors, [[buffer] for buffer in buffers])
+
+
+def join_pieces(
+    descriptors: Sequence[TensorDescriptor], columns: Sequence[Sequence[memoryview]]
+) -> list[memoryview]:
+    """The same where a tensor's rows stand in several buffers, which have its bytes together."""
+    payload: list[memoryview] = []
+    end = 0
+    offsets = layout(descriptors).offsets
+    for offset, descriptor, pieces in zip(offsets, descriptors, columns, strict=True):
         if offset > end:
-            pieces.append(memoryview(bytes(offset - end)))
-        pieces.append(buffer)
+            payload.append(memoryview(bytes(offset - end)))
+        payload += pieces
         end = offset + descriptor.nbytes
-    return pieces
+    return payload

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 from torch import nn
 
+from p2pmoe.bridge import Opening
 from p2pmoe.dht.leases import LeaseView
 from p2pmoe.dht.messages import Manifest, TensorSchema
 from p2pmoe.dht.service import PrefixView
@@ -32,7 +33,7 @@ from p2pmoe.experts.messages import (
 from p2pmoe.experts.tensors import dtype_name, from_wire, rows_to_wire
 from p2pmoe.experts.uid import Grid
 from p2pmoe.identity import PeerId
-from p2pmoe.swarm import Opening, Swarm, start_swarm
+from p2pmoe.swarm import Swarm, start_swarm
 from p2pmoe.wire import schema
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.peer_record import Contact
@@ -147,6 +148,10 @@ class Pool:
         self.calls.append((method, to, parts))
         if to in self.dead:
             raise PeerUnreachable("connection refused", stage="connect")
+
+    def open_connection(self, to: Contact, *, bulk: bool) -> Any:
+        """There is none that is open."""
+        return None
 
     @asynccontextmanager
     async def open_call(

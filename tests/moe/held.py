@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from p2pmoe.bridge import Bridge, Desk, Opening
 from p2pmoe.node import Node
-from p2pmoe.swarm import TIMEOUT, Bridge, Opening, Swarm
+from p2pmoe.swarm import TIMEOUT, Swarm
 
 T = TypeVar("T")
 
@@ -28,7 +29,13 @@ class HeldSwarm(Swarm):
     computing = False  # whether a thread does, or waits here
     settling = False  # whether a call ends only when nothing is left to do before time goes on
 
-    def call(self, afn: Callable[..., Awaitable[T]], *args: Any, timeout: float = TIMEOUT) -> T:
+    def call(
+        self,
+        afn: Callable[..., Awaitable[T]],
+        *args: Any,
+        timeout: float = TIMEOUT,
+        desk: Desk | None = None,
+    ) -> T:
         async def timed() -> T:
             self.clock.autojump_threshold = 0.0
             try:

@@ -1,5 +1,6 @@
 """The layer over real sockets and TLS equals the same mixture in one process."""
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -91,6 +92,38 @@ def test_a_remote_expert_equals_its_module(local: LocalSwarm, swarm: Swarm) -> N
     y.sum().backward()
     assert torch.allclose(x.grad, twin.grad, atol=1e-5)
     assert there.step == step + 1
+
+
+def test_many_threads_get_each_their_own_rows_and_gradients(
+    local: LocalSwarm, swarm: Swarm
+) -> None:
+    uids = sorted(local.experts)[:3]
+    steps = [local.experts[uid].backend.step for uid in uids]
+    together, wrong = threading.Barrier(12), []
+
+    def train(number: int) -> None:
+        uid = uids[number % len(uids)]
+        expert, there = RemoteExpert(swarm, uid).eval(), local.experts[uid].backend.module
+        together.wait(GRACE)
+        for rows in range(1, 4):
+            x = torch.full((rows, H), number / 10, requires_grad=True)
+            twin = x.detach().clone().requires_grad_()
+            y, expected = expert(x), there(twin)
+            y.sum().backward()
+            [grad] = torch.autograd.grad(expected.sum(), twin)
+            if not (
+                torch.allclose(y, expected, atol=1e-5) and torch.allclose(x.grad, grad, atol=1e-5)
+            ):
+                wrong.append((number, rows))
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+    assert [local.experts[uid].backend.step for uid in uids] == steps
 
 
 def test_bad_input_harms_nobody(local: LocalSwarm, swarm: Swarm) -> None:

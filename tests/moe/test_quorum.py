@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from p2pmoe.moe.quorum import WAITS_NEEDED, Quorum, QuorumParams, Single, Waits
+from p2pmoe.moe.quorum import WAITS_NEEDED, Quorum, QuorumParams, Waits
 
 PARAMS = QuorumParams(k_min=1, grace=0.2, patience=2.0, timeout=5.0)
 
@@ -78,14 +78,3 @@ def test_the_median_wait_is_known_after_enough_batches() -> None:
         assert waits.median == math.inf
         waits.add(float(i))
     assert waits.median == (WAITS_NEEDED - 1) / 2
-
-
-def test_a_single_part_is_waited_for_until_it_has_ended():
-    single = Single(3, QuorumParams(1, 0.0, 2.0, 5.0), now=10.0)
-    assert single.next_deadline() == pytest.approx(12.0)
-    assert (single.rows_served, single.waited(11.5)) == (0, pytest.approx(1.5))
-    single.failed([0], 11.0)
-    assert single.rows_served == 0
-    single.answered([0], 11.0)
-    assert (single.rows_served, single.waited(11.5)) == (3, pytest.approx(1.0))
-    assert single.next_deadline() == pytest.approx(12.0)

@@ -89,6 +89,38 @@ async def test_payloads_of_any_size_come_back_whole(size, autojump_clock):
         assert part.payload == payload
 
 
+async def test_a_call_is_begun_at_once_where_a_connection_is_open(autojump_clock):
+    async with world() as net:
+        a, b = await net.peer(1), await net.peer(2)
+        assert a.pool.open_connection(b.contact, bulk=True) is None
+        await a.pool.call(b.contact, "echo", b"x", bulk=True)
+        connection = a.pool.open_connection(b.contact, bulk=True)
+        call = connection.ask("echo", b"x", [b"yz"], 5.0)
+        taken = []
+
+        def news() -> None:
+            while (part := call.take()) is not None:
+                taken.append((part.body, bytes(part.payload)))
+
+        call.news = news
+        await trio.sleep(1)
+        assert taken == [(b"x", b"yz")]
+        assert call.over
+        assert a.pool.stats()['p2pmoe_calls_in_flight{side="client"}'] == 0
+
+
+async def test_a_call_may_be_closed_at_the_news_of_its_last_part(autojump_clock):
+    async with world() as net:
+        a, b = await net.peer(1), await net.peer(2)
+        await a.pool.call(b.contact, "echo", b"x", bulk=True)
+        call = a.pool.open_connection(b.contact, bulk=True).ask("echo", b"x", (), 5.0)
+        call.news = call.close
+        await trio.sleep(1)
+        assert call.over
+        await a.pool.call(b.contact, "echo", b"y", bulk=True)
+        assert connections(a) == (0, 1)
+
+
 async def test_many_calls_share_one_dial(autojump_clock):
     async with world() as w:
         a, b = await w.peer(0), await w.peer(1)
