@@ -108,6 +108,10 @@ class _Ended(trio.abc.Instrument):
             job.let_go()
         self._jobs.clear()
 
+    def after_run(self) -> None:
+        """The last pass is done."""
+        self.before_io_wait(0)
+
 
 class Bridge:
     """Lets any thread wait for an async call. What is no desk's is a child of `serve`."""
@@ -202,8 +206,9 @@ class Bridge:
             self._soon(self._take)
         except NodeClosed:
             self._woken = False
-            for job in self._waiting():
-                job.end(None, NodeClosed(CLOSED))
+            for job in self._waiting():  # there will be no pass that lets them go
+                job.error = NodeClosed(CLOSED)
+                job.let_go()
             raise
 
     def _waiting(self) -> list[Job]:
