@@ -30,7 +30,7 @@ Takes = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # what an expert 
 
 
 class Intake:
-    """A call's parts on their way to the queue. `asked` collects their results.
+    """A call's parts on their way to the queue.
 
     Raises `MalformedMessage` when its payload or its tensors are not as long as its parts say.
     """
@@ -38,7 +38,6 @@ class Intake:
     def __init__(self, call: IncomingCall, request: Request) -> None:
         self.parts: tuple[Part, ...] = request.parts
         self.kind = _kind_of(request)
-        self.asked = Asked(call, self.kind)
         self._inputs = request.inputs
         self._grads = request.grads if isinstance(request, BackwardRequest) else ()
         described = self._inputs + self._grads
@@ -61,7 +60,7 @@ class Intake:
         if (misfit := self._fitting[specs]) is not None:
             raise misfit
 
-    def job(self, number: int, index: int, expert: ServedExpert) -> Job:
+    def job(self, number: int, index: int, expert: ServedExpert, asked: Asked) -> Job:
         """A part as a request for the queue."""
         part, tensors = self.parts[index], self._rows[index]
         return Job(
@@ -79,7 +78,7 @@ class Intake:
             inputs=tensors[: len(self._inputs)],
             grads=tensors[len(self._inputs) :],
             update=part.update if isinstance(part, BackwardPart) else b"",
-            asked=self.asked,
+            asked=asked,
         )
 
     def _misfit(

@@ -68,11 +68,10 @@ class Asked:
 
     __slots__ = ("call", "come", "faulty", "kind", "outstanding", "settle")
 
-    def __init__(self, call: IncomingCall, kind: Kind) -> None:
-        self.call, self.kind = call, kind
+    def __init__(self, call: IncomingCall, kind: Kind, settle: Callable[[Asked], None]) -> None:
+        self.call, self.kind, self.settle = call, kind, settle
         self.outstanding: dict[int, Job] = {}
         self.come: list[tuple[Job, Result]] = []
-        self.settle: Callable[[], object] = list  # nobody is told
         self.faulty = False
 
     def take(self) -> list[tuple[Job, Result]]:
@@ -89,7 +88,7 @@ def deliver(finished: Iterable[tuple[Job, Result]]) -> None:
         job.asked.come.append((job, result))
         calls[job.asked] = None
     for asked in calls:
-        asked.settle()
+        asked.settle(asked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

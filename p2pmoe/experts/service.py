@@ -200,16 +200,16 @@ class ExpertService:
         intake = Intake(call, request)
         if intake.kind is Kind.BACKWARD:
             self._accounts.admit_updates(call.peer, len(intake.parts), trio.current_time())
-        asked, refused = intake.asked, []
+        asked = Asked(call, intake.kind, self._settle)
+        refused = []
         for index, part in enumerate(intake.parts):
             try:
-                job = self._job(intake, index, part)
+                job = self._job(intake, index, part, asked)
                 asked.outstanding[job.number] = job
             except P2PMoEError as error:
-                refused.append((index, error))
+                refused.append((index, error.with_traceback(None)))  # which holds this frame
                 asked.faulty |= isinstance(error, FAULTS)
                 self._count(call.peer, intake.kind, error, part.rows)
-        asked.settle = partial(self._settle, asked)
         call.dropped = partial(self._drop, asked)
         if refused:
             call.post(failures(refused))
@@ -244,14 +244,14 @@ class ExpertService:
             self._accounts.faulty(asked.call.peer, trio.current_time())
         asked.call.finish()
 
-    def _job(self, intake: Intake, index: int, part: Part) -> Job:
+    def _job(self, intake: Intake, index: int, part: Part, asked: Asked) -> Job:
         """A part as a request for the queue, once everything that it says was checked."""
         expert = self._expert_for(part)
         intake.check(expert)
         most = self.params.compute.batching.max_batch
         if part.rows > most:
             raise SchemaMismatch(f"{part.rows} rows: this server takes {most} at once, split them")
-        return intake.job(next(self._numbers), index, expert)
+        return intake.job(next(self._numbers), index, expert, asked)
 
     def _expert_for(self, part: Part) -> ServedExpert:
         """The expert that a part is for, if this server holds it under the number named."""

@@ -165,6 +165,7 @@ class IncomingCalls:
 
     def finish(self, call: IncomingCall, error: Exception | None) -> None:
         """The answer is complete, or has failed."""
+        call.dropped = _nothing  # and what it holds is free
         if self._running.pop(call.id, None) is None or self.core.closed:
             return
         code, detail, retry_after = "", "", None

@@ -99,7 +99,7 @@ class FakeCall:
 
     def finish(self, error: Exception | None = None) -> None:
         assert not self.over.is_set(), "ended once"
-        self.error = error
+        self.error, self.dropped = error, list
         self.over.set()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from p2pmoe import telemetry
 from p2pmoe.errors import ConfigurationError, LocalProtocolError, MalformedMessage
 from p2pmoe.experts import grouped
 from p2pmoe.experts.blocks import ExpertClass
+from p2pmoe.experts.jobs import Asked
 from p2pmoe.experts.messages import (
     INFO,
     ExpertInfo,
@@ -296,6 +298,18 @@ async def test_an_answer_that_cannot_be_sent_ends_its_call_and_no_other(server: 
             await server.answer(bad)
     assert good.codes == [""]
     assert server.service.idle
+
+
+async def test_a_call_that_has_ended_is_freed_without_the_garbage_collector(
+    server: Server,
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        await server.answer(forward((UID, rows(2)), ("ffn.2.2", rows(2))))
+        assert not [one for one in gc.get_objects() if type(one) is Asked]
+    finally:
+        gc.enable()
 
 
 async def test_parts_that_come_after_their_call_was_dropped_are_not_answered(

@@ -43,6 +43,7 @@ async def test_what_is_posted_goes_with_the_end_in_one_frame(autojump_clock):
         assert await stranger.hear_frame() == (Reply(id=1, body=b"all", last=True), b"rows")
         call.finish()
         call.cancel()
+        assert desk.dropped == []
         await nothing_left(b)
 
 
