@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from p2pmoe.gossip.service import Member
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.messages import VERSION_MAX, VERSION_MIN
 from p2pmoe.version import __version__
 from p2pmoe.wire import schema

@@ -45,7 +45,7 @@ from p2pmoe.dht.routing import Networks
 from p2pmoe.dht.search import Searches
 from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
 from p2pmoe.identity import ID_BYTES, PeerId, distance
-from p2pmoe.net.connection import Handler, IncomingCall
+from p2pmoe.net.incoming import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
 

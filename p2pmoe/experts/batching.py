@@ -28,6 +28,8 @@ class Kind(Enum):
     BACKWARD = "backward"
     DRY_RUN = "dry_run"
 
+    __hash__ = object.__hash__  # there is one of each; an enum's own is a function in Python
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchingParams:
@@ -139,7 +141,7 @@ class Batching(Generic[Request]):
         """
         wave = batch = self.next_batch(running)
         rows = 0
-        while batch and wave[0].family is not None:
+        while batch and self._waiting and wave[0].family is not None:
             rows += sum(request.rows for request in batch)
             if rows >= self.params.max_batch:
                 break
@@ -155,6 +157,8 @@ class Batching(Generic[Request]):
 
         Experts in `running` are left out, and all that cannot run `beside` another request.
         """
+        if len(self._waiting) == 1:
+            return self._only_one(running, beside)
         first = min(self._firsts(running, beside), key=self._turn, default=None)
         if first is None:
             return []
@@ -176,8 +180,21 @@ class Batching(Generic[Request]):
                     heapq.heappush(turns, (*self._turn(_oldest(more)), _oldest(more)))
         cost = self.params.start_rows + self.params.max_batch - room
         self._floor += cost / clients_waiting
-        self._had = {client: had for client, had in self._had.items() if had > self._floor}
+        self._forget_those_behind()
         return batch
+
+    def _only_one(self, running: Container[str], beside: Request | None) -> list[Request]:
+        """The same when nothing needs an order: half the cost, each call of a quiet server."""
+        (one,) = self._waiting.values()
+        if not _fits(one, running, beside):
+            return []
+        self._remove(one)
+        self._floor = self._share(one.client) + self.params.start_rows + one.rows
+        self._forget_those_behind()
+        return [one]
+
+    def _forget_those_behind(self) -> None:
+        self._had = {client: had for client, had in self._had.items() if had > self._floor}
 
     @property
     def _lead(self) -> int:
@@ -187,11 +204,7 @@ class Batching(Generic[Request]):
     def _firsts(self, running: Container[str], beside: Request | None) -> Iterator[Request]:
         """The oldest request of each client whose expert is free."""
         for mine in self._of_client.values():
-            fit = (
-                request
-                for request in mine.values()
-                if request.uid not in running and (beside is None or request.beside(beside))
-            )
+            fit = (request for request in mine.values() if _fits(request, running, beside))
             yield from itertools.islice(fit, 1)
 
     def _share(self, client: Hashable) -> float:
@@ -221,3 +234,7 @@ class Batching(Generic[Request]):
 
 def _oldest(requests: OrderedDict[int, Request]) -> Request:
     return next(iter(requests.values()))
+
+
+def _fits(request: Waiting, running: Container[str], beside: Waiting | None) -> bool:
+    return request.uid not in running and (beside is None or request.beside(beside))

@@ -74,12 +74,12 @@ class _Worker(Generic[Job]):
 
 
 class Compute(Generic[Job, Answer]):
-    """Runs batches with `execute`, which answers one for one; each goes to `deliver` in Trio."""
+    """Runs batches with `execute`, which answers one for one; `deliver` gets these in Trio."""
 
     def __init__(
         self,
         execute: Callable[[list[Job], float], Sequence[Answer | P2PMoEError]],
-        deliver: Callable[[Job, Answer | P2PMoEError], None],
+        deliver: Callable[[list[tuple[Job, Answer | P2PMoEError]]], None],
         params: ComputeParams,
     ) -> None:
         self._execute, self._deliver, self._params = execute, deliver, params
@@ -184,8 +184,9 @@ class Compute(Generic[Job, Answer]):
 
     def _hand_back(self) -> None:
         """Deliver what is finished. The threads have this called in Trio's thread."""
-        while self._finished:
-            self._deliver(*self._finished.popleft())
+        finished = [self._finished.popleft() for _ in range(len(self._finished))]
+        if finished:
+            self._deliver(finished)
 
     async def _run_here(self) -> None:
         while True:
@@ -251,10 +252,11 @@ class Compute(Generic[Job, Answer]):
                     return
                 worker.batch, worker.awaited = batch, {job.number for job in batch}
                 worker.started = begun = self._now()
-            answers, uids = self._answers(batch), worker.uids
+            answers = self._answers(batch)
             with self._changed:
                 worker.batch, worker.started = [], math.inf
                 if worker.late:
+                    uids = {job.uid for job in batch}
                     now = self._now()
                     again = now + PENALTY * (now - begun) if len(uids) == 1 else now
                     self._out |= dict.fromkeys(uids, again)

@@ -42,7 +42,7 @@ from p2pmoe.experts.copies import (
 from p2pmoe.experts.copies_rules import Item, RoomParams, make_room
 from p2pmoe.experts.snapshot import Disk
 from p2pmoe.identity import PeerId
-from p2pmoe.net.connection import Handler, IncomingCall
+from p2pmoe.net.incoming import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed, open_envelope
 

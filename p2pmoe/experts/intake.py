@@ -10,7 +10,7 @@ import trio
 
 from p2pmoe.errors import SchemaMismatch
 from p2pmoe.experts.batching import Kind
-from p2pmoe.experts.jobs import Job, Ready, ServedExpert, Tensors
+from p2pmoe.experts.jobs import Asked, Job, ServedExpert, Tensors
 from p2pmoe.experts.messages import (
     BackwardPart,
     BackwardRequest,
@@ -21,7 +21,7 @@ from p2pmoe.experts.messages import (
     fitting_rows,
 )
 from p2pmoe.experts.tensors import from_wire
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.wire.tensor import split
 
 Request = ForwardRequest | BackwardRequest
@@ -30,14 +30,14 @@ Takes = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # what an expert 
 
 
 class Intake:
-    """A call's parts on their way to the queue. `ready` collects their results.
+    """A call's parts on their way to the queue.
 
     Raises `MalformedMessage` when its payload or its tensors are not as long as its parts say.
     """
 
     def __init__(self, call: IncomingCall, request: Request) -> None:
         self.parts: tuple[Part, ...] = request.parts
-        self.kind, self.ready = _kind_of(request), Ready()
+        self.kind = _kind_of(request)
         self._inputs = request.inputs
         self._grads = request.grads if isinstance(request, BackwardRequest) else ()
         described = self._inputs + self._grads
@@ -60,7 +60,7 @@ class Intake:
         if (misfit := self._fitting[specs]) is not None:
             raise misfit
 
-    def job(self, number: int, index: int, expert: ServedExpert) -> Job:
+    def job(self, number: int, index: int, expert: ServedExpert, asked: Asked) -> Job:
         """A part as a request for the queue."""
         part, tensors = self.parts[index], self._rows[index]
         return Job(
@@ -78,7 +78,7 @@ class Intake:
             inputs=tensors[: len(self._inputs)],
             grads=tensors[len(self._inputs) :],
             update=part.update if isinstance(part, BackwardPart) else b"",
-            ready=self.ready,
+            asked=asked,
         )
 
     def _misfit(

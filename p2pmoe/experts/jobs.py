@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import trio
 
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts import grouped
@@ -20,6 +19,7 @@ from p2pmoe.experts.blocks import initial_seed
 from p2pmoe.experts.grouped import Member
 from p2pmoe.experts.manifest import Offer
 from p2pmoe.experts.messages import TensorSpec
+from p2pmoe.net.incoming import IncomingCall
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -60,24 +60,35 @@ class Done:
 Result = Done | P2PMoEError
 
 
-class Ready:
-    """The results of one call's parts, as they come."""
+class Asked:
+    """A call, its jobs that are `outstanding`, by their numbers, and the results that have come.
 
-    def __init__(self) -> None:
-        self._come: list[tuple[Job, Result]] = []
-        self._news = trio.lowlevel.ParkingLot()
+    `settle` is told when some have; `faulty` says whether the caller is to blame for one.
+    """
 
-    def add(self, job: Job, result: Result) -> None:
-        """One more; nobody may be waiting for it."""
-        self._come.append((job, result))
-        self._news.unpark_all()
+    __slots__ = ("call", "come", "faulty", "kind", "outstanding", "settle")
 
-    async def take(self) -> list[tuple[Job, Result]]:
-        """Wait for the next ones, and take all there are."""
-        if not self._come:
-            await self._news.park()
-        come, self._come = self._come, []
-        return come
+    def __init__(self, call: IncomingCall, kind: Kind, settle: Callable[[Asked], None]) -> None:
+        self.call, self.kind, self.settle = call, kind, settle
+        self.outstanding: dict[int, Job] = {}
+        self.come: list[tuple[Job, Result]] = []
+        self.faulty = False
+
+    def take(self) -> list[tuple[Job, Result]]:
+        """What has come of the jobs that are outstanding, and no longer are."""
+        come, self.come = self.come, []
+        left = self.outstanding
+        return [one for one in come if left.pop(one[0].number, None) is not None]
+
+
+def deliver(finished: Iterable[tuple[Job, Result]]) -> None:
+    """Tell each call what has come of its jobs."""
+    calls: dict[Asked, None] = {}  # in the order of what came
+    for job, result in finished:
+        job.asked.come.append((job, result))
+        calls[job.asked] = None
+    for asked in calls:
+        asked.settle(asked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,7 +100,7 @@ class Job(Waiting):
     inputs: Tensors
     grads: Tensors
     update: bytes
-    ready: Ready
+    asked: Asked
 
 
 def execute(batch: list[Job], now: float) -> list[Result]:

@@ -3,6 +3,9 @@
 A part is checked before a tensor is made of it: the uid is served, the lease number is the one held
 now, the tensors fit the expert. What fails, fails that part alone. A part whose call was cancelled
 is taken from the queue; if its batch runs already, the result is dropped. Both are counted.
+
+A call has no task: it is begun in the turn that reads it, and answered in those in which the
+compute thread hands results back.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from p2pmoe.experts.batching import Kind
 from p2pmoe.experts.compute import Compute, ComputeParams
 from p2pmoe.experts.intake import Intake, Part, Request
 from p2pmoe.experts.jobs import (
+    Asked,
     Done,
     Job,
     Result,
     ServedExpert,
     build,
+    deliver,
     execute,
 )
 from p2pmoe.experts.manifest import Offer
@@ -51,7 +56,7 @@ from p2pmoe.experts.messages import (
 )
 from p2pmoe.experts.tensors import find_device
 from p2pmoe.identity import PeerId
-from p2pmoe.net.connection import Handler, IncomingCall
+from p2pmoe.net.incoming import Handler, IncomingCall, Prompt
 from p2pmoe.wire import schema
 
 MOST_CLIENTS = 16  # that a status tells of; a guess
@@ -90,10 +95,10 @@ class ExpertService:
         self._accounts = Accounts(params.accounts)
         self._numbers = itertools.count()
         self._builders = trio.CapacityLimiter(1)  # one at a time: they share torch's generator
-        self._compute: Compute[Job, Done] = Compute(execute, _deliver, params.compute)
+        self._compute: Compute[Job, Done] = Compute(execute, deliver, params.compute)
         handlers[INFO] = self._answer_info
-        handlers[FORWARD] = self._answer_forward
-        handlers[BACKWARD] = self._answer_backward
+        handlers[FORWARD] = Prompt(self._begin_forward)
+        handlers[BACKWARD] = Prompt(self._begin_backward)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Compute until cancelled."""
@@ -182,55 +187,71 @@ class ExpertService:
         reply = InfoReply(experts=tuple(infos), trainers=trainers)
         await call.send(schema.encode(reply))
 
-    async def _answer_forward(self, call: IncomingCall) -> None:
+    def _begin_forward(self, call: IncomingCall) -> None:
         self._accounts.admit(call.peer, trio.current_time())
-        await self._answer(call, schema.decode_again(call.body, ForwardRequest))
+        self._begin(call, schema.decode_again(call.body, ForwardRequest))
 
-    async def _answer_backward(self, call: IncomingCall) -> None:
+    def _begin_backward(self, call: IncomingCall) -> None:
         self._accounts.admit(call.peer, trio.current_time())
-        await self._answer(call, schema.decode(call.body, BackwardRequest))
+        self._begin(call, schema.decode(call.body, BackwardRequest))
 
-    async def _answer(self, call: IncomingCall, request: Request) -> None:
-        """Queue every part that may be computed; answer those that are known, again and again."""
+    def _begin(self, call: IncomingCall, request: Request) -> None:
+        """Queue every part that may be computed; those that are known already are answered."""
         intake = Intake(call, request)
         if intake.kind is Kind.BACKWARD:
             self._accounts.admit_updates(call.peer, len(intake.parts), trio.current_time())
-        jobs, refused, faulty = [], [], False
+        asked = Asked(call, intake.kind, self._settle)
+        refused = []
         for index, part in enumerate(intake.parts):
             try:
-                jobs.append(self._job(intake, index, part))
+                job = self._job(intake, index, part, asked)
+                asked.outstanding[job.number] = job
             except P2PMoEError as error:
-                refused.append((index, error))
-                faulty |= isinstance(error, FAULTS)
+                refused.append((index, error.with_traceback(None)))  # which holds this frame
+                asked.faulty |= isinstance(error, FAULTS)
                 self._count(call.peer, intake.kind, error, part.rows)
-        outstanding = {job.number for job in jobs}
-        self._compute.submit(jobs)
-        try:
-            if refused:
-                await call.send(failures(refused))
-            while outstanding:
-                come = await intake.ready.take()
-                for job, result in come:
-                    _note(job, result, trio.current_time())
-                    self._count(call.peer, job.kind, result, job.rows)
-                    faulty |= isinstance(result, FAULTS)
-                for body, payload in answers(come):
-                    await call.send(body, payload)
-                outstanding.difference_update([job.number for job, _ in come])
-        finally:
-            if outstanding:
-                self._drop(jobs, outstanding)
-            if faulty:
-                self._accounts.faulty(call.peer, trio.current_time())
+        call.dropped = partial(self._drop, asked)
+        if refused:
+            call.post(failures(refused))
+            call.flush()
+        if asked.outstanding:
+            self._compute.submit(list(asked.outstanding.values()))
+        else:
+            self._end(asked)
 
-    def _job(self, intake: Intake, index: int, part: Part) -> Job:
+    def _settle(self, asked: Asked) -> None:
+        """Answer the parts that have come; the call ends with the last of them."""
+        call = asked.call
+        try:
+            come = asked.take()
+            for job, result in come:
+                _note(job, result, trio.current_time())
+                self._count(call.peer, asked.kind, result, job.rows)
+                asked.faulty |= isinstance(result, FAULTS)
+            for body, payload in answers(come):
+                call.post(body, payload)
+        except Exception as error:  # noqa: BLE001  what is wrong with one call is its own
+            self._drop(asked)
+            call.finish(error)
+            return
+        if asked.outstanding:
+            call.flush()
+        elif come:
+            self._end(asked)
+
+    def _end(self, asked: Asked) -> None:
+        if asked.faulty:
+            self._accounts.faulty(asked.call.peer, trio.current_time())
+        asked.call.finish()
+
+    def _job(self, intake: Intake, index: int, part: Part, asked: Asked) -> Job:
         """A part as a request for the queue, once everything that it says was checked."""
         expert = self._expert_for(part)
         intake.check(expert)
         most = self.params.compute.batching.max_batch
         if part.rows > most:
             raise SchemaMismatch(f"{part.rows} rows: this server takes {most} at once, split them")
-        return intake.job(next(self._numbers), index, expert)
+        return intake.job(next(self._numbers), index, expert, asked)
 
     def _expert_for(self, part: Part) -> ServedExpert:
         """The expert that a part is for, if this server holds it under the number named."""
@@ -250,18 +271,17 @@ class ExpertService:
         self._accounts.answered(client, code, done, trio.current_time())
         telemetry.count("p2pmoe_parts_total", 1, op=kind.value, result=code)
 
-    def _drop(self, jobs: list[Job], outstanding: set[int]) -> None:
-        """Nobody waits any more for these of a call's jobs."""
-        unbegun = self._compute.cancel(outstanding)
-        late = len(outstanding) - unbegun
+    def _drop(self, asked: Asked) -> None:
+        """Nobody waits any more for what is outstanding of a call."""
+        left = asked.outstanding
+        unbegun = self._compute.cancel(left)
         telemetry.count("p2pmoe_parts_dropped_total", unbegun, when="queued")
-        telemetry.count("p2pmoe_parts_dropped_total", late, when="computed")
-        for job in jobs:
-            job.expert.figures.dropped += job.number in outstanding
-
-
-def _deliver(job: Job, result: Result) -> None:
-    job.ready.add(job, result)
+        telemetry.count("p2pmoe_parts_dropped_total", len(left) - unbegun, when="computed")
+        for job in left.values():
+            job.expert.figures.dropped += 1
+        left.clear()
+        if asked.faulty:
+            self._accounts.faulty(asked.call.peer, trio.current_time())
 
 
 def _note(job: Job, result: Result, now: float) -> None:

@@ -32,7 +32,7 @@ from p2pmoe.experts.uid import ExpertUid, Grid
 from p2pmoe.experts.vault import Vault, VaultParams, open_vault
 from p2pmoe.gossip.events import MemberFailed, MemberLeft
 from p2pmoe.identity import PeerId
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.node import Node
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed, seal

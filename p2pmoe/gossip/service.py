@@ -37,7 +37,7 @@ from p2pmoe.gossip.membership import (
 from p2pmoe.gossip.messages import GossipMessage, Leave, News, Opening, Suspect
 from p2pmoe.gossip.watching import WATCH, Watchers
 from p2pmoe.identity import KeyPair, PeerId
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.pool import DialFailed, PeerConnected, PeerLost, Pool, PoolEvent
 from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, seal
 from p2pmoe.wire.peer_record import PeerRecord, contact_of, seal_record

@@ -20,7 +20,7 @@ from p2pmoe.gossip.events import MemberEvent, MemberReturned, MemberSuspected, e
 from p2pmoe.gossip.members import Member, State
 from p2pmoe.gossip.messages import SealedRecord
 from p2pmoe.identity import PeerId
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.pool import PeerConnected, PeerLost, Pool, PoolEvent
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Signed, VerifiedCache

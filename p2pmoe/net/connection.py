@@ -1,33 +1,30 @@
 """One connection at work: calls and answers over one stream of frames.
 
-Rules: the read loop never waits for the application, and only the writer task sends. What is
-decided is decided in `exchange`; here it is carried out. A task for each call that comes in lives
-in the nursery `calls`; CANCEL, the call's deadline and the connection's end cancel it. A send that
-makes no progress, or is cut, ends the connection.
+Rules: the read loop never waits for the application. Frames go out one behind the other: the writer
+task sends them, or, while it rests, whoever ends the last call that is being answered. What is
+decided is decided in `exchange`; here it is carried out. Calls that come in are answered in
+`incoming`, by tasks in the nursery `calls`. A send that makes no progress, or is cut, ends the
+connection.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import trio
 
-from p2pmoe import telemetry
 from p2pmoe.errors import (
-    CallTimeout,
     ConnectionLost,
     MalformedMessage,
     NotAllowed,
     P2PMoEError,
-    RemoteError,
     RemoteProtocolError,
     from_code,
 )
-from p2pmoe.identity import PeerId
 from p2pmoe.net.asking import NotBegun, OutgoingCall
 from p2pmoe.net.buffers import allocate
 from p2pmoe.net.calls import (
@@ -41,41 +38,15 @@ from p2pmoe.net.calls import (
 from p2pmoe.net.exchange import Exchange, ExchangeParams
 from p2pmoe.net.frames import FrameStream
 from p2pmoe.net.greeting import Greeted
+from p2pmoe.net.incoming import Caller, Handler, IncomingCalls
 from p2pmoe.net.messages import MAX_DETAIL, MAX_PAYLOAD_BYTES, Goodbye, Refuse
 from p2pmoe.net.outbox import Buffer, OutFrame
 from p2pmoe.net.quota import PeerQuota
 from p2pmoe.wire import schema
 from p2pmoe.wire.address import Address
-from p2pmoe.wire.envelope import Signed
 from p2pmoe.wire.framing import BULK_LIMITS, CONTROL_LIMITS
-from p2pmoe.wire.peer_record import PeerRecord
 
 SEND_BYTES = 512 * 1024  # of frames joined into one send; two chunks
-
-
-class IncomingCall:
-    """A call that came in, to answer by `deadline`. `payload` is a writable buffer of its own."""
-
-    __slots__ = ("_connection", "_id", "body", "deadline", "method", "payload", "peer", "record")
-
-    def __init__(self, connection: Connection, arrived: CallArrived) -> None:
-        self._connection, self._id = connection, arrived.id
-        self.peer: PeerId = connection.peer
-        self.record: Signed[PeerRecord] | None = connection.greeted.record
-        self.method = arrived.method
-        self.body = arrived.body
-        self.payload, self.deadline = arrived.payload, arrived.deadline
-
-    async def send(self, body: bytes, payload: Iterable[Buffer] = ()) -> None:
-        """Send one part of the answer; waits until those before it are on their way.
-
-        The buffers must not change before the call has ended. Raises `LocalProtocolError` for more
-        than 63 KiB of body, 64 MiB of payload (64 KiB on a control connection) or 256 parts.
-        """
-        await self._connection.reply(self._id, body, payload)
-
-
-Handler = Callable[[IncomingCall], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +69,14 @@ class Connection:
         self.error: P2PMoEError | None = None
         self._cut: ConnectionLost | None = None  # why nothing more can be sent
         self.account = account
-        self._frames, self._handlers, self._limits = terms.frames, handlers, account.params
+        self._frames, self._limits = terms.frames, account.params
         self._core = Exchange(_params(terms, account), account, allocate, self.opened_at)
         self._asked: dict[int, OutgoingCall] = {}
-        self._running: dict[int, trio.CancelScope] = {}
+        caller = Caller(self.peer, terms.greeted.record, self._changed, self._answered, self._blame)
+        self._incoming = IncomingCalls(self._core, caller, handlers)
+        self._sending = 0  # bytes of the frames that are being sent
         self._heard_bytes = terms.frames.received_bytes
         self._wake = trio.lowlevel.ParkingLot()  # the writer, while there is nothing to send
-        self._room = trio.lowlevel.ParkingLot()  # answers that wait for the parts before them
         self._life = trio.CancelScope()
         self._alarm = trio.CancelScope()
 
@@ -150,14 +122,6 @@ class Connection:
         self._changed()
         return outgoing
 
-    async def reply(self, call: int, body: bytes, payload: Iterable[Buffer]) -> None:
-        """For `IncomingCall`: send a part, once those before it are on their way."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while self._core.waiting(call):
-            await self._room.park()
-        self._core.reply(call, body, payload)
-        self._changed()
-
     def retire(self) -> None:
         """Say goodbye: no further calls, those in flight are answered, then `run` returns."""
         self._core.leave()
@@ -190,6 +154,7 @@ class Connection:
                 self.error = self._cut or NotAllowed("a certificate has expired")
         finally:
             self._lose_calls()
+            self._incoming.cancel_all()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + limits.goodbye):
                 try:
                     await self._say_last_words()
@@ -207,31 +172,41 @@ class Connection:
                 self._end(error)
                 return
             self._hear(now)
-            if (deadline := self._core.next_deadline()) < self._alarm.deadline:
+            if (deadline := self._next_deadline()) < self._alarm.deadline:
                 self._alarm.deadline = deadline
             self._changed()
 
     async def _write(self) -> None:
-        while True:
-            batch, size = self._next_batch()
-            if not batch:
+        while self._cut is None:
+            if not self._frames.whole:
+                await self._send_rest()
+            elif not self._core.sendable:
                 await self._wake.park()
-                continue
-            try:
-                if not self._frames.start(batch):
-                    with trio.fail_after(self._limits.grace + size / self._limits.least_rate):
-                        await self._frames.finish()
-                elif self._core.sendable:
-                    await trio.lowlevel.checkpoint()  # others have their turn
-            except trio.TooSlowError:
-                self.drop(ConnectionLost("the other side does not read"))
-            except ConnectionLost as error:  # what it sent before is still read
-                self._cut = error
-                self._close_within(self._limits.closing)
-                return
-            if self._room:
-                self._room.unpark_all()
-            self._changed()
+            elif self._send() and self._core.sendable:
+                await trio.lowlevel.checkpoint()  # others have their turn
+
+    def _send(self) -> bool:
+        """Send the next frames as far as the stream takes them at once; whether that was all."""
+        batch, self._sending = self._next_batch()
+        try:
+            whole = self._frames.start(batch)
+        except ConnectionLost as error:
+            self._cut_off(error)
+            return False
+        if whole:
+            self._sent()
+        return whole
+
+    async def _send_rest(self) -> None:
+        try:
+            with trio.fail_after(self._limits.grace + self._sending / self._limits.least_rate):
+                await self._frames.finish()
+        except trio.TooSlowError:
+            self.drop(ConnectionLost("the other side does not read"))
+        except ConnectionLost as error:
+            self._cut_off(error)
+            return
+        self._sent()
 
     def _next_batch(self) -> tuple[list[OutFrame], int]:
         batch: list[OutFrame] = []
@@ -243,48 +218,21 @@ class Connection:
 
     async def _keep_time(self) -> None:
         while True:
-            with trio.CancelScope(deadline=self._core.next_deadline()) as self._alarm:
+            with trio.CancelScope(deadline=self._next_deadline()) as self._alarm:
                 await trio.sleep_forever()
             now = trio.current_time()
             self._hear(now)
+            self._incoming.tick(now)
             try:
                 self._core.tick(now)
             except P2PMoEError as error:
                 self.drop(error)
             self._changed()
 
-    async def _answer(self, call: IncomingCall, number: int, scope: trio.CancelScope) -> None:
-        code, detail, retry_after = "", "", None
-        try:
-            wanted = not scope.cancel_called  # else it is not even begun
-            with scope:
-                if wanted:
-                    await self._handlers.get(call.method, _no_handler)(call)
-            if scope.cancelled_caught or not wanted:
-                code, detail = CallTimeout.code, "no answer by the deadline"
-        except P2PMoEError as error:
-            code, detail = error.code, str(error)
-            retry_after = getattr(error, "retry_after", None)
-            self._blame(error)
-        except Exception as error:  # noqa: BLE001  the edge of a task: the caller learns that it failed, the log why
-            code, detail = RemoteError.code, "the call failed over there: see its log"
-            telemetry.complain(
-                self.peer.hex,
-                "net.call.crashed",
-                level="error",
-                op=call.method,
-                error=repr(error),
-                exc_info=True,
-            )
-        finally:
-            del self._running[number]
-            self.last_used = trio.current_time()
-        self._core.end(number, code, detail, retry_after)
-        self._changed()
-        op = call.method if call.method in self._handlers else "unknown"
-        telemetry.count("p2pmoe_calls_total", side="server", op=op, result=code or "ok")
-
     # -------------------------------------------------------------- between awaits
+    def _next_deadline(self) -> float:
+        return min(self._core.next_deadline(), self._incoming.next_deadline())
+
     def _hear(self, now: float) -> None:
         """Tell the core of the bytes that came since the last time."""
         size = self._frames.received_bytes - self._heard_bytes
@@ -305,12 +253,9 @@ class Connection:
         for effect in effects:
             match effect:
                 case CallArrived():
-                    scope = trio.CancelScope(deadline=effect.deadline)
-                    self._running[effect.id] = scope
-                    calls.start_soon(self._answer, IncomingCall(self, effect), effect.id, scope)
+                    self._incoming.begin(effect, calls)
                 case CallCancelled():
-                    if (running := self._running.get(effect.id)) is not None:  # else it ends
-                        running.cancel()
+                    self._incoming.cancel(effect.id)
                 case PartArrived():
                     self._asked[effect.id].arrived(effect.part)
                 case _:
@@ -336,10 +281,10 @@ class Connection:
 
     def _changed(self) -> None:
         """After anything that may give the writer work, or leave nothing to do."""
-        if self._core.sendable:
+        if self._core.sendable or not self._frames.whole:
             if self._wake:
                 self._wake.unpark_all()
-        elif self._core.finished and self._frames.whole:
+        elif self._core.finished:
             # Who said goodbye first lets the other side close, which may still have to read.
             self._close_within(0 if self._core.left else self._limits.closing)
 
@@ -350,6 +295,22 @@ class Connection:
                 self.account.count_fault(trio.current_time())
             except MalformedMessage as last:
                 self.drop(last)
+
+    def _answered(self) -> None:
+        """A call of the other side is over."""
+        self.last_used = trio.current_time()
+        if not self._incoming and self._core.sendable and self._frames.whole:
+            self._send()  # at once: no other answer is about to come
+        self._changed()
+
+    def _sent(self) -> None:
+        self._incoming.sent()
+        self._changed()
+
+    def _cut_off(self, error: ConnectionLost) -> None:
+        """Nothing more can be sent; what the other side sent before is still read."""
+        self._cut = error
+        self._close_within(self._limits.closing)
 
     def _close_within(self, seconds: float) -> None:
         self._life.deadline = min(self._life.deadline, trio.current_time() + seconds)
@@ -377,16 +338,6 @@ class Connection:
             return
         with suppress(ConnectionLost):
             await self._frames.send([OutFrame(schema.encode(last))])
-
-
-class _UnknownMethod(P2PMoEError):
-    """Nobody answers this method here."""
-
-    code = "method"
-
-
-async def _no_handler(call: IncomingCall) -> None:
-    raise _UnknownMethod(f"there is no method {call.method} here")
 
 
 def _params(terms: Terms, account: PeerQuota) -> ExchangeParams:

@@ -13,9 +13,10 @@ from functools import partial
 import trio
 
 from p2pmoe.errors import PeerBusy
-from p2pmoe.net.connection import Connection, Handler, Terms
+from p2pmoe.net.connection import Connection, Terms
 from p2pmoe.net.dialling import dial_any
 from p2pmoe.net.greeting import Greeter
+from p2pmoe.net.incoming import Handler
 from p2pmoe.net.links import Dial
 from p2pmoe.net.lobby import Lobby
 from p2pmoe.net.quota import PeerQuota, Quota

@@ -30,10 +30,11 @@ from p2pmoe.identity import PeerId
 from p2pmoe.net.asking import ATTEMPTS, OutgoingCall, Replies
 from p2pmoe.net.backoff import BackoffParams
 from p2pmoe.net.calls import Part
-from p2pmoe.net.connection import Connection, Handler
+from p2pmoe.net.connection import Connection
 from p2pmoe.net.door import Door
 from p2pmoe.net.events import DialFailed, PeerConnected, PeerLost, PoolEvent
 from p2pmoe.net.greeting import Greeted, Greeter
+from p2pmoe.net.incoming import Handler
 from p2pmoe.net.links import Dial, Dials, Links, unused
 from p2pmoe.net.outbox import Buffer
 from p2pmoe.net.quota import Quota, QuotaParams

@@ -15,7 +15,7 @@ from p2pmoe.dht.records import RecordParams
 from p2pmoe.dht.search import SearchParams
 from p2pmoe.dht.service import DhtParams, DhtService
 from p2pmoe.identity import KeyPair, PeerId
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.pool import Pool, PoolParams
 from p2pmoe.testing.memory import Line, MemoryNetwork
 from p2pmoe.wire import schema

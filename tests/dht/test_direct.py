@@ -22,7 +22,7 @@ from p2pmoe.dht.messages import (
 )
 from p2pmoe.dht.region import LEAST_MEASURES, MOST_MEASURES, _Measure
 from p2pmoe.identity import PeerId
-from p2pmoe.net.connection import Handler, IncomingCall
+from p2pmoe.net.incoming import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
 from tests.dht.peers import UID, Peer, Town, owner_of, swarm, town

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ from p2pmoe.experts.service import ExpertService, ServeParams
 from p2pmoe.experts.tensors import from_wire, rows_to_wire
 from p2pmoe.experts.uid import Grid
 from p2pmoe.identity import KeyPair, PeerId
+from p2pmoe.net.incoming import Prompt
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed, seal
 from p2pmoe.wire.tensor import split
@@ -78,6 +79,9 @@ class FakeCall:
     payload: memoryview
     peer: PeerId = CLIENT
     parts: list[tuple[bytes, memoryview]] = field(default_factory=list)
+    dropped: Callable[[], object] = list
+    error: Exception | None = None
+    over: trio.Event = field(default_factory=trio.Event)
 
     @property
     def deadline(self) -> float:
@@ -85,7 +89,18 @@ class FakeCall:
 
     async def send(self, body: bytes, payload: Sequence[memoryview] = ()) -> None:
         await trio.lowlevel.checkpoint()
+        self.post(body, payload)
+
+    def post(self, body: bytes, payload: Sequence[memoryview] = ()) -> None:
+        assert not self.over.is_set()
         self.parts.append((body, memoryview(bytearray(b"".join(payload)))))
+
+    def flush(self) -> None: ...
+
+    def finish(self, error: Exception | None = None) -> None:
+        assert not self.over.is_set(), "ended once"
+        self.error, self.dropped = error, list
+        self.over.set()
 
     @property
     def replies(self) -> dict[int, tuple[PartReply, list[torch.Tensor]]]:
@@ -180,7 +195,19 @@ class Server:
         return self
 
     async def answer(self, call: FakeCall) -> FakeCall:
-        await self.handlers[call.method](call)
+        handler = self.handlers[call.method]
+        if isinstance(handler, Prompt):
+            call.over, call.error = trio.Event(), None
+            handler.begin(call)
+            try:
+                await call.over.wait()
+            except trio.Cancelled:
+                call.dropped()
+                raise
+            if call.error is not None:
+                raise call.error
+        else:
+            await handler(call)
         return call
 
     def module(self, uid: str) -> torch.nn.Module:

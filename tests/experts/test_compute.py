@@ -53,9 +53,9 @@ class Device:
             raise ZeroDivisionError("of the device")
         return [f"done {one.number}" for one in batch]
 
-    def deliver(self, one: Waiting, answer: str | P2PMoEError) -> None:
+    def deliver(self, finished: list[tuple[Waiting, str | P2PMoEError]]) -> None:
         trio.lowlevel.current_task()  # fails outside of Trio's thread
-        self.answers[one.number] = answer
+        self.answers |= {one.number: answer for one, answer in finished}
         self._came.set()
 
     async def until(self, condition: Callable[[], object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -11,9 +12,10 @@ import trio.testing
 from structlog.testing import capture_logs
 
 from p2pmoe import telemetry
-from p2pmoe.errors import ConfigurationError, MalformedMessage
+from p2pmoe.errors import ConfigurationError, LocalProtocolError, MalformedMessage
 from p2pmoe.experts import grouped
 from p2pmoe.experts.blocks import ExpertClass
+from p2pmoe.experts.jobs import Asked
 from p2pmoe.experts.messages import (
     INFO,
     ExpertInfo,
@@ -25,7 +27,7 @@ from p2pmoe.experts.messages import (
 )
 from p2pmoe.wire import schema
 from p2pmoe.wire.tensor import TensorDescriptor, layout
-from tests.experts.calls import LEASE, FakeCall, Server, backward, client, forward, offer
+from tests.experts.calls import LEASE, FakeCall, Server, backward, forward, offer
 
 UID, OTHER = "ffn.0.1", "ffn.3.3"
 
@@ -283,25 +285,44 @@ async def test_the_result_of_a_running_part_whose_call_is_cancelled_is_dropped(
     assert server.service.section()[UID]["dropped"] == 1
 
 
-async def test_an_answer_that_nobody_takes_holds_up_no_other_call(
-    autojump_clock: object, server: Server
-) -> None:
-    class Stuck(FakeCall):
-        async def send(self, body: bytes, payload: object = ()) -> None:
-            await trio.sleep_forever()
+async def test_an_answer_that_cannot_be_sent_ends_its_call_and_no_other(server: Server) -> None:
+    class Unsendable(FakeCall):
+        def post(self, body: bytes, payload: object = ()) -> None:
+            raise LocalProtocolError("too long for this connection")
 
-    ready = forward((UID, rows(2)), (OTHER, rows(2)))
-    stuck = Stuck(ready.method, ready.body, ready.payload, client(9))
-    with trio.move_on_after(5):
-        async with trio.open_nursery() as answers:
-            answers.start_soon(server.answer, stuck)
-            for _ in range(3):
-                call = await server.answer(forward((UID, rows(2))))
-                assert call.codes == [""]
-            assert trio.current_time() == 0.0
-    assert (
-        server.service.section()[OTHER]["dropped"] + server.service.section()[UID]["dropped"] == 2
-    )
+    good = forward((UID, rows(2)), peer=2)
+    bad = Unsendable(good.method, good.body, good.payload)
+    async with trio.open_nursery() as answers:
+        answers.start_soon(server.answer, good)
+        with pytest.raises(LocalProtocolError, match="too long"):
+            await server.answer(bad)
+    assert good.codes == [""]
+    assert server.service.idle
+
+
+async def test_a_call_that_has_ended_is_freed_without_the_garbage_collector(
+    server: Server,
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        await server.answer(forward((UID, rows(2)), ("ffn.2.2", rows(2))))
+        assert not [one for one in gc.get_objects() if type(one) is Asked]
+    finally:
+        gc.enable()
+
+
+async def test_parts_that_come_after_their_call_was_dropped_are_not_answered(
+    server: Server,
+) -> None:
+    call = forward((UID, rows(2)), (OTHER, rows(2)))
+    server.handlers[call.method].begin(call)
+    call.dropped()
+    call.dropped()
+    await server.answer(forward((UID, rows(2))))
+    assert call.parts == []
+    assert not call.over.is_set()
+    assert [server.service.section()[uid]["dropped"] for uid in (UID, OTHER)] == [1, 1]
 
 
 async def test_experts_that_fail_together_are_computed_one_by_one(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import trio
 
 from p2pmoe.identity import KeyPair
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.messages import Header, Hello, decode_header
 from p2pmoe.net.pool import Pool, PoolEvent, PoolParams
 from p2pmoe.net.transport import Channel

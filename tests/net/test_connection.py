@@ -19,7 +19,7 @@ from p2pmoe.errors import (
     RemoteError,
 )
 from p2pmoe.net.buffers import HUGE_PAGE, allocate
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.messages import (
     Cancel,
     Chunk,
@@ -78,12 +78,12 @@ async def test_a_cancel_that_is_read_while_the_connection_ends_finds_no_call(aut
         [connection] = b.pool._connections()
         await stranger.say(request(1, method="wait"))
         await trio.testing.wait_all_tasks_blocked()
-        [scope] = connection._running.values()
-        connection._running.clear()  # as its task does when all are cancelled
+        [scope] = connection._incoming._running.values()
+        connection._incoming._running.clear()  # as its task does when all are cancelled
         await stranger.say(Cancel(id=1))
         await trio.testing.wait_all_tasks_blocked()
         assert connection.open
-        connection._running[1] = scope
+        connection._incoming._running[1] = scope
         b.life.cancel()
         await trio.testing.wait_all_tasks_blocked()
         assert waits.cancelled == 1

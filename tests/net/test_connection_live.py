@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pmoe.errors import P2PMoEError, PeerBusy
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.messages import Pong
 from p2pmoe.testing.memory import Line
 from tests.net.pools import Peer, World, host, world

@@ -18,7 +18,7 @@ from p2pmoe.errors import (
     PeerUnreachable,
     RemoteProtocolError,
 )
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.links import CROSSING
 from p2pmoe.net.messages import Goodbye, Ping, Reply, Request
 from p2pmoe.net.pool import DialFailed, PeerConnected, PeerLost, PoolParams

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from p2pmoe.identity import KeyPair
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.pool import Pool, PoolParams
 from p2pmoe.net.quota import QuotaParams
 from p2pmoe.net.tcp import TcpTransport

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import trio
 
 from p2pmoe.errors import P2PMoEError
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.pool import Pool
 from p2pmoe.wire.peer_record import Contact
 

@@ -15,7 +15,7 @@ import sys
 import trio
 
 from p2pmoe import telemetry
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.net.pool import PoolParams
 from p2pmoe.net.quota import QuotaParams, Rate
 from p2pmoe.node import NodeConfig, open_node

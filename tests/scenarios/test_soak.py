@@ -22,7 +22,7 @@ import trio
 import p2pmoe
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.identity import KeyPair
-from p2pmoe.net.connection import IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.nn import DMoE
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.testing.hostile import crowd
