@@ -13,18 +13,22 @@ from p2pmoe.dht.leases import LeaseRefused
 from p2pmoe.errors import QuorumNotReached
 from p2pmoe.wire.envelope import Kind, seal
 from tests.dht.swarm_of_ids import GRID, manifest
-from tests.scenarios.dht_nodes import READY_LIMIT, Here, begin, gets, processes
+from tests.scenarios.dht_nodes import READY_LIMIT, Here, begin, calm, gets, processes
 from tests.scenarios.dht_peer import claim
 
 
 @pytest.mark.parametrize(
-    ("count", "apart", "within"),
-    [(4, 2, math.inf), pytest.param(64, 16, 1.0, marks=pytest.mark.soak)],
+    ("count", "apart", "at_once", "later"),
+    [(4, 2, math.inf, math.inf), pytest.param(64, 16, 10.0, 1.0, marks=pytest.mark.soak)],
 )
 async def test_with_a_third_of_the_swarm_killed_every_get_succeeds(
-    count: int, apart: int, within: float
+    count: int, apart: int, at_once: float, later: float
 ) -> None:
-    """Of many nodes, on a machine with nothing else to do, at the first attempt and in a second."""
+    """Of many nodes, on a machine with nothing else to do, at the first attempt.
+
+    Seconds that a get may take: at once, while the survivors in this one thread find out about all
+    that were killed, and when they have.
+    """
     async with trio.open_nursery() as tasks:
         here = Here(tasks)
         with trio.fail_after(READY_LIMIT):
@@ -42,14 +46,17 @@ async def test_with_a_third_of_the_swarm_killed_every_get_succeeds(
             killed = {f"ffn.{number}.1" for number in range(math.ceil(apart / 3))}
             await here.kill(here.nodes[2 : 2 + math.ceil(count / 3)])
             alive = here.uids | {who: uid for who, uid in elsewhere.items() if uid not in killed}
-            done = await gets(here.nodes, alive, made)
-            middle, longest = median(done.seconds) * 1000, max(done.seconds) * 1000
-            sys.stdout.write(
-                f"{count} + {apart} nodes, a third killed: {len(done.seconds)} gets,"
-                f" median {middle:.0f} ms, longest {longest:.0f} ms, {done.repeated} repeated\n"
-            )
-            assert max(done.seconds) <= within
-            assert within == math.inf or not done.repeated
+            for when, within in (("at once", at_once), ("later", later)):
+                done = await gets(here.nodes, alive, made)
+                middle, longest = median(done.seconds) * 1000, max(done.seconds) * 1000
+                sys.stdout.write(
+                    f"{count} + {apart} nodes, a third killed, {when}: {len(done.seconds)} gets,"
+                    f" median {middle:.0f} ms, longest {longest:.0f} ms, {done.repeated} repeated\n"
+                )
+                assert max(done.seconds) <= within
+                assert within == math.inf or not done.repeated
+                if within < math.inf:
+                    await calm()
         tasks.cancel_scope.cancel()
 
 
