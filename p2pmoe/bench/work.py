@@ -1,7 +1,8 @@
 """What every benchmark shares: statistics, calls from many threads, and the line that is printed.
 
 A line names the work, the system that did it, its parameters, what was measured, and the host. The
-same work done by another system prints a line of the same form, so that two can be compared.
+same work done by another system prints a line of the same form, so that two can be compared. Its
+half uses what is here in an environment of its own: nothing but the standard library is loaded.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 from p2pmoe.errors import P2PMoEError
+
+if TYPE_CHECKING:
+    import trio
 
 SYSTEM = "p2pmoe"
 Metrics = dict[str, Any]

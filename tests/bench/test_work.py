@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,9 @@ def test_a_process_is_weighed_with_its_children():
     assert found["processes"] >= 1
     assert 1 < found["pss_mib"] <= found["rss_mib"]
     assert work.cpu_seconds(os.getpid()) > 0
+
+
+def test_what_another_systems_half_uses_loads_none_of_our_libraries():
+    code = "import sys, p2pmoe.bench.work; print({'trio', 'torch', 'cbor2'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
