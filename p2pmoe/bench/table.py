@@ -152,9 +152,9 @@ def table(file: Path) -> str:
             continue
         ratio = mine / theirs if goal.higher else theirs / mine
         met = "**" if ratio >= goal.goal else ""
-        figures = f"{theirs:.4g} | {mine:.4g} | {met}{ratio:.3g}{met}"
+        figures = f"{theirs:.4g} | {mine:.4g} | {met}{_short(ratio, 3)}{met}"
         name = LIMITS.get(key[0], "plain torch") if goal.against == LIMIT else goal.against
-        lines.append(f"| {goal.work} | {name} | {figures} | {goal.goal:.2g} | {goal.aim:.2g} |")
+        lines.append(f"| {goal.work} | {name} | {figures} | {goal.goal:g} | {goal.aim:g} |")
     return "\n".join(lines) + "\n"
 
 
@@ -164,3 +164,8 @@ def put(file: Path, page: Path) -> None:
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     page.write_text(f"{head}{BEGIN}\n\n{table(file)}\n{END}{tail}", encoding="utf-8")
+
+
+def _short(value: float, digits: int) -> str:
+    """A value in so many digits, or all those before its point."""
+    return f"{value:,.0f}" if value >= 10**digits else f"{value:.{digits}g}"
