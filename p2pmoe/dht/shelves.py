@@ -28,7 +28,7 @@ OVERHEAD_BYTES = 900  # that one entry takes besides its envelope: 10,000 leases
 class RoomParams:
     """Bytes, and the parts of what others leave that one may take."""
 
-    per_publisher: int = 1 << 20  # about seven hundred leases; a guess
+    per_publisher: int = 2 << 20  # about 1,800 leases, for a server of 1,024 experts
     per_network: int = 4 << 20  # a guess
     in_all: int = 16 << 20  # about eleven thousand records; a guess
     publisher_part: int = 8  # one eighth; dynamic thresholds of Choudhury and Hahne, a guess

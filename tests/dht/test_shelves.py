@@ -144,6 +144,13 @@ def flood(publisher: PeerId, count: int) -> Iterator[Signed[Lease]]:
         yield signed(publisher, f"ffn.{rng.randrange(60_000)}.0", rng.randbytes(32))
 
 
+def test_one_holder_has_room_for_the_leases_of_a_server_with_1024_experts() -> None:
+    one, size = Shelves(RoomParams()), 250  # bytes of a lease with its envelope
+    for number in range(1024):
+        record = replace(held(peer(1)), signed=replace(signed(peer(1)), raw=bytes(size)))
+        assert one.put(place(number), record, 0.0) == ""
+
+
 def test_one_publisher_offering_very_many_uids_takes_its_cap_and_others_are_not_kept_out() -> None:
     one = RecordStore(RecordParams(), started_at=0.0)
     for lease in flood(peer(1), 5_000):
