@@ -154,7 +154,7 @@ def table(file: Path) -> str:
         met = "**" if ratio >= goal.goal else ""
         figures = f"{theirs:.4g} | {mine:.4g} | {met}{_short(ratio, 3)}{met}"
         name = LIMITS.get(key[0], "plain torch") if goal.against == LIMIT else goal.against
-        lines.append(f"| {goal.work} | {name} | {figures} | {goal.goal:g} | {goal.aim:g} |")
+        lines.append(f"| {goal.work} | {name} | {figures} | {goal.goal:.3g} | {goal.aim:.3g} |")
     return "\n".join(lines) + "\n"
 
 
