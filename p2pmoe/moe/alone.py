@@ -45,12 +45,7 @@ class Alone:
         self.key = ask.peer, ask.uid
         self.nbytes = sum(map(len, self._views))
         looks = tuple((one.dtype, *one.shape[1:]) for one in self._described)
-        self.kind: Hashable = (
-            ask.peer,
-            method,
-            ask.dry_run,
-            looks,
-        )  # of those that travel together
+        self.kind: Hashable = (ask.peer, method, ask.dry_run, looks)  # what travels together
         self.began = self.deadline = math.inf  # by Trio's clock, once it was begun
         self.repeated = False  # whether its answer was lost, and it is asked once more
         self.step = 0  # updates that its expert has had, when it has answered
