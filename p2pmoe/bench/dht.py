@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -17,8 +19,7 @@ import trio
 from p2pmoe.bench.work import Metrics, latency_summary, lines, now, record
 
 MOST = 60.0  # seconds for one operation, then it has failed
-AHEAD = 3  # processes that load their modules while others join: there are two processors or more
-PEER = [sys.executable, "-m", "p2pmoe.bench.dht_peer"]
+PEERS = [sys.executable, "-m", "p2pmoe.bench.dht_peer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,26 +49,17 @@ class Work(NamedTuple):
 class Peer:
     """A peer process, and the orders that it has not answered yet."""
 
-    process: trio.Process
+    stream: trio.SocketStream
+    pid: int = 0
     address: str = ""
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
     waiting: dict[int, trio.Event] = field(default_factory=dict)
     writing: trio.Lock = field(default_factory=trio.Lock)
 
-    @classmethod
-    async def begin(cls) -> Peer:
-        """A process that waits to be told whom to join by."""
-        return cls(
-            await trio.lowlevel.open_process(
-                PEER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
-        )
-
     async def say(self, **order: Any) -> None:
         """Give an order."""
-        assert self.process.stdin is not None
         async with self.writing:
-            await self.process.stdin.send_all((json.dumps(order) + "\n").encode())
+            await self.stream.send_all((json.dumps(order) + "\n").encode())
 
     async def order(self, number: int, **order: Any) -> dict[str, Any] | None:
         """Give an order and wait for its answer; None when it takes too long."""
@@ -79,11 +71,10 @@ class Peer:
 
     async def read(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Take its answers until it ends; it has started when it says where it listens."""
-        assert self.process.stdout is not None
-        async for line in lines(self.process.stdout):
+        async for line in lines(self.stream):
             message = json.loads(line)
             if "address" in message:
-                self.address = message["address"]
+                self.address, self.pid = message["address"], message["pid"]
                 task_status.started()
             else:
                 self.answers[message["id"]] = message
@@ -96,9 +87,8 @@ def run(params: DhtParams) -> Metrics:
 
 
 async def _run(params: DhtParams) -> Metrics:
-    began = now()
-    async with _peers(params) as peers:
-        metrics: Metrics = {"start_all_s": round(now() - began, 2)}
+    async with _peers(params) as (peers, start):
+        metrics: Metrics = {"start_all_s": round(start, 2)}
         one_by_one = work_of(params, params.keys, params.seed, "seq")
         at_once = work_of(params, params.keys * 4, params.seed + 1, "con")
         metrics["store_seq"] = await _measure(peers, one_by_one, 1, store=True)
@@ -119,7 +109,7 @@ async def _after_kill(peers: list[Peer], work: list[Work], params: DhtParams) ->
     victims = set(dice.sample(range(params.peers), params.peers // 3))
     alive = [index for index in range(params.peers) if index not in victims]
     for victim in victims:
-        peers[victim].process.kill()
+        os.kill(peers[victim].pid, signal.SIGKILL)
     count, found = params.keys, {}
     parts = [
         [one._replace(reader=alive[index % len(alive)]) for index, one in enumerate(part)]
@@ -172,21 +162,44 @@ async def _measure(
 
 
 @asynccontextmanager
-async def _peers(params: DhtParams) -> AsyncIterator[list[Peer]]:
-    """So many peers, each joining by some of those before it; all have ended after the block."""
+async def _peers(params: DhtParams) -> AsyncIterator[tuple[list[Peer], float]]:
+    """So many peers, each joining by some of those before it; all have ended after the block.
+
+    And the seconds from when their common process had loaded its modules until all had joined.
+    """
     dice = random.Random(params.seed)  # noqa: S311  seeded, as the work is
-    peers: list[Peer] = []
-    async with trio.open_nursery() as readers:
-        try:
-            for joined in range(params.peers):
-                while len(peers) < min(params.peers, joined + 1 + AHEAD):
-                    peers.append(await Peer.begin())
-                known = dice.sample(peers[:joined], min(params.boot, joined))
-                await peers[joined].say(join=[peer.address for peer in known])
-                await readers.start(peers[joined].read)
-            yield peers
-        finally:
-            for peer in peers:
-                if peer.process.poll() is None:
-                    peer.process.send_signal(signal.SIGKILL)
-            readers.cancel_scope.cancel()
+    async with _begun(params.peers) as peers, trio.open_nursery() as readers:
+        began = now()
+        for joined, peer in enumerate(peers):
+            known = dice.sample(peers[:joined], min(params.boot, joined))
+            await peer.say(join=[other.address for other in known])
+            await readers.start(peer.read)
+        yield peers, now() - began
+        readers.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _begun(count: int) -> AsyncIterator[list[Peer]]:
+    """So many peers that wait to be told whom to join by."""
+    pairs = [socket.socketpair() for _ in range(count)]
+    ends = [theirs.fileno() for _, theirs in pairs]
+    process = await trio.lowlevel.open_process(
+        [*PEERS, *map(str, ends)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=ends,
+        start_new_session=True,
+    )
+    try:
+        for _, theirs in pairs:
+            theirs.close()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        await anext(lines(process.stdout))
+        await process.stdin.send_all(b"\n")
+        ours = (trio.socket.from_stdlib_socket(ours) for ours, _ in pairs)
+        yield [Peer(trio.SocketStream(each)) for each in ours]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        with trio.CancelScope(shield=True):
+            await process.wait()

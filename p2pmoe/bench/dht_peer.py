@@ -1,9 +1,14 @@
-"""One peer of `p2pmoe bench dht`, as a process: it reads orders on stdin and answers on stdout.
+"""The peers of `p2pmoe bench dht`, a process each: `python -m p2pmoe.bench.dht_peer FD...`.
 
-The first line is `{"join": addresses}`; when it has joined it says `{"address"}`, its own. An order
-is a JSON object a line: `{"id", "store": name, "value": text}` or `{"id", "get": name}`. The answer
-has the same id and, for a get, the value found. The value is carried by a manifest, which is what
-this DHT keeps for any name. The process ends when stdin does.
+The process loads what a node needs, writes a line, and at the line that it reads begins a copy of
+itself for each socket that it was given; it ends when they have. So do the peers
+of the other system begin: as copies of one process that has loaded its modules.
+
+The first order on a socket is `{"join": addresses}`; when the peer has joined it says where and
+what it is: `{"address", "pid"}`. An order is a JSON object a line: `{"id", "store": name, "value":
+text}` or `{"id", "get": name}`. The answer has the same id and, for a get, the value found. The
+value is carried by a manifest, which is what this DHT keeps for any name. The peer ends when its
+socket does.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import trio
@@ -28,7 +33,25 @@ PIECE = 256  # characters of one option of a manifest
 ROW = (TensorSchema(dtype="float32", shape=(1,)),)
 
 
-async def main() -> None:
+def main(sockets: Sequence[int]) -> None:
+    """Begin a peer for each of these when told to, and end when they have."""
+    _say({"loaded": True})
+    sys.stdin.readline()
+    for own in sockets:
+        if not os.fork():
+            os.dup2(own, sys.stdin.fileno())
+            os.dup2(own, sys.stdout.fileno())
+            for each in sockets:
+                os.close(each)
+            trio.run(_live)
+            return
+    for each in sockets:
+        os.close(each)
+    for _ in sockets:
+        os.wait()
+
+
+async def _live() -> None:
     """A node on any port of loopback that obeys orders until there are no more."""
     coming = _orders()
     peers = tuple(map(Address.parse, (await anext(coming))["join"]))
@@ -40,7 +63,7 @@ async def main() -> None:
     )
     async with open_node(config) as node, trio.open_nursery() as orders:
         gc.freeze()  # as `p2pmoe node` does
-        _say({"address": str(node.address)})
+        _say({"address": str(node.address), "pid": os.getpid()})
         async for order in coming:
             orders.start_soon(_obey, node, order)
 
@@ -90,4 +113,4 @@ def _manifest(order: dict[str, Any]) -> Manifest:
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    main([int(descriptor) for descriptor in sys.argv[1:]])

@@ -201,10 +201,13 @@ class Neighbours:
     async def _look_for(self, peer: PeerId) -> None:
         """Whether a peer whose connection broke is there, if nobody has found out meanwhile.
 
-        Not all at once: many have lost the same one, and whoever has lost many has much to do.
+        Not all at once: many have lost the same one, and whoever has lost many has much to do. One
+        that the membership suspects is left to it: some look already, and all will hear of it.
         """
         await trio.sleep(self._rng.uniform(0.0, LOOK_WITHIN))
-        if peer in self._parts.contacts.table and not self._parts.pool.connected(peer):
+        contacts, pool = self._parts.contacts, self._parts.pool
+        known = peer not in contacts.table or contacts.suspected(peer) or pool.connected(peer)
+        if not known:
             await self._ping(peer)
 
     async def _ping(self, peer: PeerId) -> bool:
