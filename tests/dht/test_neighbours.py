@@ -139,6 +139,26 @@ async def test_a_peer_that_is_connected_again_is_not_looked_for(
         assert looked_for == []
 
 
+@pytest.mark.parametrize("suspected", [False, True])
+async def test_a_dead_peer_is_looked_for_unless_the_membership_suspects_it(
+    autojump_clock, monkeypatch, suspected: bool
+) -> None:
+    async with town() as here:
+        one, two = await swarm(here, 2)
+        await trio.sleep(60)
+        looked_for = []
+
+        async def ping(peer):
+            looked_for.append(peer)
+
+        monkeypatch.setattr(one.dht._neighbours, "_ping", ping)
+        await here.kill(two)
+        if suspected:
+            one.dht.member_suspected(two.id)
+        await trio.sleep(LOOK_WITHIN + 1)
+        assert looked_for == ([] if suspected else [two.id])
+
+
 async def test_a_peer_that_others_found_gone_is_avoided_for_a_while(autojump_clock) -> None:
     async with town() as here:
         one, two = await swarm(here, 2)

@@ -17,7 +17,7 @@ from p2pmoe.dht.messages import Manifest
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.envelope import Signed
 from tests.dht.swarm_of_ids import GRID, dice
-from tests.scenarios.dht_peer import LOOPBACK, PATIENT, SLOWLY, claim
+from tests.scenarios.dht_peer import LOOPBACK, PATIENT, SLOWLY, claim, hold
 
 ROOT = Path(__file__).parents[2]
 MANY = 8  # nodes in one process
@@ -59,7 +59,7 @@ class Here:
                 await claim(node, uid)
                 self.uids[me] = uid
                 task_status.started()
-                await trio.sleep_forever()
+                await hold(node, uid)
         ended.set()
 
     async def open_many(self, count: int) -> None:

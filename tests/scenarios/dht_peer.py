@@ -39,6 +39,13 @@ async def claim(node: Node, uid: str) -> None:
             return
 
 
+async def hold(node: Node, uid: str) -> None:
+    """Keep a lease, as a server does: one that was lost is claimed again."""
+    while True:
+        await claim(node, uid)
+        await trio.sleep(1)
+
+
 async def main(address: str, uid: str) -> None:
     """Live until the process ends."""
     config = NodeConfig(
@@ -52,7 +59,7 @@ async def main(address: str, uid: str) -> None:
         await claim(node, uid)
         sys.stdout.write(f"{uid} {node.id.hex}\n")
         sys.stdout.flush()
-        await trio.sleep_forever()
+        await hold(node, uid)
 
 
 if __name__ == "__main__":
