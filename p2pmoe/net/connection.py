@@ -75,6 +75,7 @@ class Connection:
         caller = Caller(self.peer, terms.greeted.record, self._changed, self._answered, self._blame)
         self._incoming = IncomingCalls(self._core, caller, handlers)
         self._sending = 0  # bytes of the frames that are being sent
+        self._performing = False  # whether what came is being looked at
         self._heard_bytes = terms.frames.received_bytes
         self._wake = trio.lowlevel.ParkingLot()  # the writer, while there is nothing to send
         self._life = trio.CancelScope()
@@ -165,16 +166,18 @@ class Connection:
         while True:
             try:
                 frames = await self._frames.receive()
-                now = trio.current_time()
+                now, self._performing = trio.current_time(), True
                 for frame in frames:  # what came before a frame that breaks the rules counts
                     self._perform(self._core.receive(frame, now), calls)
             except P2PMoEError as error:
                 self._end(error)
                 return
+            finally:
+                self._performing = False
             self._hear(now)
             if (deadline := self._next_deadline()) < self._alarm.deadline:
                 self._alarm.deadline = deadline
-            self._changed()
+            self._send_answers()
 
     async def _write(self) -> None:
         while self._cut is None:
@@ -299,8 +302,13 @@ class Connection:
     def _answered(self) -> None:
         """A call of the other side is over."""
         self.last_used = trio.current_time()
+        if not self._performing:  # else others may have their answers in the same turn
+            self._send_answers()
+
+    def _send_answers(self) -> None:
+        """At once where no other answer is about to come; else as the writer has its turn."""
         if not self._incoming and self._core.sendable and self._frames.whole:
-            self._send()  # at once: no other answer is about to come
+            self._send()
         self._changed()
 
     def _sent(self) -> None:

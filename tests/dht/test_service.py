@@ -7,7 +7,7 @@ from p2pmoe.dht.service import MOST_ABSENT
 from p2pmoe.errors import (
     QuorumNotReached,
 )
-from tests.dht.peers import UID, Peer, full, held, owner_of, swarm, town
+from tests.dht.peers import UID, Peer, full, held, owner_of, pass_on, swarm, town
 from tests.dht.swarm_of_ids import GRID, manifest
 
 
@@ -116,7 +116,7 @@ async def test_equal_searches_share_one_and_questions_travel_together(autojump_c
 
             async def counted(call, method=method, handler=handler) -> None:
                 calls[method] = calls.get(method, 0) + 1
-                await handler(call)
+                await pass_on(call, handler)
 
             peers[1].pool.handlers[method] = counted
         uids = [f"ffn.0.{index}" for index in range(20)]
