@@ -10,7 +10,7 @@ connection.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +77,7 @@ class Connection:
         self._sending = 0  # bytes of the frames that are being sent
         self._performing = False  # whether what came is being looked at
         self._heard_bytes = terms.frames.received_bytes
+        self._composing: list[Callable[[], None]] = []  # what is to be asked, until it is sent
         self._wake = trio.lowlevel.ParkingLot()  # the writer, while there is nothing to send
         self._life = trio.CancelScope()
         self._alarm = trio.CancelScope()
@@ -123,6 +124,11 @@ class Connection:
         self._changed()
         return outgoing
 
+    def soon(self, compose: Callable[[], None]) -> None:
+        """Call this in the writer's next turn, to ask if it is still `open`: all at once till then."""
+        self._composing.append(compose)
+        self._wake.unpark_all()
+
     def retire(self) -> None:
         """Say goodbye: no further calls, those in flight are answered, then `run` returns."""
         self._core.leave()
@@ -155,6 +161,7 @@ class Connection:
                 self.error = self._cut or NotAllowed("a certificate has expired")
         finally:
             self._lose_calls()
+            self._compose()
             self._incoming.cancel_all()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + limits.goodbye):
                 try:
@@ -181,12 +188,18 @@ class Connection:
 
     async def _write(self) -> None:
         while self._cut is None:
+            self._compose()
             if not self._frames.whole:
                 await self._send_rest()
             elif not self._core.sendable:
                 await self._wake.park()
             elif self._send() and self._core.sendable:
                 await trio.lowlevel.checkpoint()  # others have their turn
+
+    def _compose(self) -> None:
+        composing, self._composing = self._composing, []
+        for compose in composing:
+            compose()
 
     def _send(self) -> bool:
         """Send the next frames as far as the stream takes them at once; whether that was all."""

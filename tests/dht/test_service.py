@@ -184,4 +184,4 @@ async def test_readers_that_are_cancelled_leave_nothing_in_flight(autojump_clock
             await peers[0].dht.get_leases(GRID, [f"ffn.0.{number}" for number in range(50)])
         await trio.sleep(11)  # a search ends by itself after ten seconds
         assert not peers[0].dht._searches._flights._flying
-        assert not peers[0].dht._asks._gets._waiting
+        assert not peers[0].dht._asks._gets._gathering
