@@ -1,28 +1,26 @@
-"""Questions to one peer: those that come up together travel in one call.
+"""The four questions to one peer, as messages, and their answers as typed values.
 
-`find`, `get`, `put` and `mend` each take one question and return its answer, verified. Rules: a
-peer that cannot be reached, does not answer in time or breaks the protocol is marked in
-`Contacts`; every signature in an answer is checked here, so that above only typed values exist.
+`find`, `get`, `put` and `mend` each take one question and return its answer, verified: every
+signature in an answer is checked here, so that above only typed values exist. How questions travel
+stands in `lines`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
 import trio
 
-from p2pmoe import telemetry
 from p2pmoe.dht.contacts import Contacts
 from p2pmoe.dht.jobs import Jobs, Promise
 from p2pmoe.dht.leases import LeaseCopy, RecordCopy, Vote
+from p2pmoe.dht.lines import Asked, Form, Line, Reading
 from p2pmoe.dht.messages import (
     BODY_TYPES,
     FIND,
     GET,
-    MAX_BATCH,
     MEND,
     PUT,
     Copy,
@@ -42,35 +40,20 @@ from p2pmoe.dht.messages import (
     Verdict,
 )
 from p2pmoe.dht.reading import Answer, Question
-from p2pmoe.errors import (
-    CallTimeout,
-    MalformedMessage,
-    NodeClosed,
-    P2PMoEError,
-    PeerBusy,
-    PeerUnreachable,
-    RemoteProtocolError,
-)
+from p2pmoe.errors import MalformedMessage
 from p2pmoe.identity import PeerId
 from p2pmoe.net.pool import Pool
 from p2pmoe.wire import cbor, schema
 from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, open_envelope
 from p2pmoe.wire.peer_record import PeerRecord, open_record
-from p2pmoe.wire.schema import Message
 
-BATCH_BYTES = 40 * 1024  # of records in one put; leaves room in a control frame
 ASK_LIMIT = 3.0  # seconds for a find or a get, dialling included: 5 round trips of 600 ms
 PUT_LIMIT = 8.0  # seconds for a put: its holder may ask others first
-STALLED = 0.25  # seconds that a deadline is late by when the fault is our own; a guess
 VERIFY_AT_ONCE = 16  # signatures checked before other tasks get their turn: about 3 ms
 NAME_BYTES = 8  # of an id, where nothing but which of a few peers is meant
 CARDS = 1024  # peer records that stay open, of 600 B at most and as much again; a guess
 OPENED = 64  # other records that stay open, of 32 KiB at most and as much again; a guess
 VERIFIED = 4096  # digests of envelopes that were verified; four times a swarm of 1,000
-
-Q = TypeVar("Q")
-A = TypeVar("A")
-R = TypeVar("R", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +79,18 @@ class Asks:
     """The four questions, each for one peer at a time."""
 
     def __init__(self, pool: Pool, contacts: Contacts, network: bytes, jobs: Jobs) -> None:
-        self._pool, self._contacts, self._network = pool, contacts, network
+        self._contacts, self._network = contacts, network
         self.verified = VerifiedCache(VERIFIED)
         self._cards: dict[bytes, Signed[PeerRecord]] = {}  # by their bytes, the latest
         self._opened: dict[bytes, Signed[Any]] = {}  # the same of other records
-        self._finds = _Line[bytes, Answer](jobs, self._send_find, lambda _: 32, self._failed)
-        self._gets = _Line[Question, Answer](jobs, self._send_get, lambda _: 80, self._failed)
-        self._puts = _Line[_Handed, Vote](jobs, self._send_put, _Handed.size, self._failed)
-
-        self._mends = _Line[tuple[Kind, bytes], None](
-            jobs, self._send_mend, lambda _: 80, self._failed
-        )
+        find = Form(FIND, ASK_LIMIT, lambda _: 32, _finding, self._found)
+        get = Form(GET, ASK_LIMIT, lambda _: 80, _getting, self._got)
+        put = Form(PUT, PUT_LIMIT, _Handed.size, _putting, self._voted)
+        mend = Form(MEND, ASK_LIMIT, lambda _: 80, _mending, _mended)
+        self._finds = Line(pool, contacts, jobs, find)
+        self._gets = Line(pool, contacts, jobs, get)
+        self._puts = Line(pool, contacts, jobs, put)
+        self._mends = Line(pool, contacts, jobs, mend)
 
     async def find(self, peer: PeerId, target: bytes) -> Answer:
         """Who is closer to this place; raises `P2PMoEError` when the peer does not say."""
@@ -136,80 +120,38 @@ class Asks:
         """Tell the peer that others hold more under a key; raises as `find`."""
         await self._mends.ask(peer, (kind, key))
 
-    # ---------------------------------------------------------------------------------- sending
-    async def _send_find(self, peer: PeerId, targets: Sequence[bytes]) -> list[Answer]:
-        request = FindRequest(targets=tuple(targets))
-        reply = await self._call(peer, FIND, request, FoundReply, ASK_LIMIT)
-        return await self._open_found(peer, reply, [None for _ in targets], trio.current_time())
+    # --------------------------------------------------------------------------------- answers
+    def _found(self, asked: Asked[bytes], body: bytes) -> Reading[list[Answer]]:
+        reply = schema.decode(body, FoundReply)
+        return self._open_found(asked.peer, reply, [None for _ in asked.questions], asked.at)
 
-    async def _send_get(self, peer: PeerId, questions: Sequence[Question]) -> list[Answer]:
-        keys = tuple(
-            KeyQuery(key=each.key, kind=_word(each.kind), after=each.after, known=each.known)
-            for each in questions
-        )
-        asked_at = trio.current_time()
-        reply = await self._call(peer, GET, GetRequest(keys=keys), FoundReply, ASK_LIMIT)
-        return await self._open_found(peer, reply, questions, asked_at)
+    def _got(self, asked: Asked[Question], body: bytes) -> Reading[list[Answer]]:
+        reply = schema.decode(body, FoundReply)
+        return self._open_found(asked.peer, reply, asked.questions, asked.at)
 
-    async def _send_put(self, peer: PeerId, handed: Sequence[_Handed]) -> list[Vote]:
-        puts = tuple(each.message() for each in handed)
-        asked_at = trio.current_time()
-        reply = await self._call(peer, PUT, PutRequest(records=puts), PutReply, PUT_LIMIT)
+    def _voted(self, asked: Asked[_Handed], body: bytes) -> Reading[list[Vote]]:
+        reply, handed = schema.decode(body, PutReply), asked.questions
         if len(reply.verdicts) != len(handed):
             raise MalformedMessage("dht.answers", "one verdict a record")
-        peers = await self._open_cards(peer, reply.contacts)
+        peers = yield from self._open_cards(asked.peer, reply.contacts)
         pairs = zip(handed, reply.verdicts, strict=True)
-        return [self._open_vote(verdict, each.record, asked_at, peers) for each, verdict in pairs]
+        return [self._open_vote(verdict, each.record, asked.at, peers) for each, verdict in pairs]
 
-    async def _send_mend(self, peer: PeerId, places: Sequence[tuple[Kind, bytes]]) -> list[None]:
-        keys = tuple(MendKey(kind=cast("StoredKind", kind.value), key=key) for kind, key in places)
-        await self._call(peer, MEND, MendRequest(keys=keys), MendReply, ASK_LIMIT)
-        return [None for _ in places]
-
-    async def _call(
-        self, peer: PeerId, method: str, request: Message, reply: type[R], limit: float
-    ) -> R:
-        contact = self._contacts.contact(peer)
-        if contact is None:
-            raise PeerUnreachable(f"no address of peer {peer} is known", peer=peer.hex)
-        deadline = trio.current_time() + limit
-        with trio.move_on_at(deadline):
-            part = await self._pool.call(contact, method, schema.encode(request))
-            telemetry.count("p2pmoe_dht_requests_total", op=method, result="ok")
-            self._contacts.table.seen(peer, trio.current_time())
-            return schema.decode(part.body, reply)
-        late = trio.current_time() - deadline
-        if late > STALLED:  # who knows whether the answer waits here
-            raise PeerBusy(f"this peer was stalled for {late:.1f} s")
-        raise CallTimeout(f"peer {peer} did not answer {method}", peer=peer.hex)
-
-    def _failed(self, peer: PeerId, error: P2PMoEError) -> None:
-        telemetry.count("p2pmoe_dht_requests_total", op="any", result=error.code)
-        telemetry.emit("dht.call.failed", peer=peer, error=error)
-        if isinstance(error, PeerUnreachable | CallTimeout | RemoteProtocolError):
-            self._contacts.failed(peer, trio.current_time())
-
-    # ---------------------------------------------------------------------------------- opening
-    async def _open_found(
+    def _open_found(
         self, by: PeerId, reply: FoundReply, questions: Sequence[Question | None], asked_at: float
-    ) -> list[Answer]:
+    ) -> Reading[list[Answer]]:
         """Lifetimes count from when the question was sent, so that none is read as longer."""
         if len(reply.answers) > len(questions):
             raise MalformedMessage("dht.answers", "more than questions")
-        peers = await self._open_cards(by, reply.contacts)
+        peers = yield from self._open_cards(by, reply.contacts)
         answers = []
         for question, found in zip(questions, reply.answers, strict=False):
-            answers.append(
-                Answer(
-                    _chosen(peers, found.closer),
-                    await self._open_copies(found.records, question, asked_at),
-                    found.number,
-                    found.more,
-                )
-            )
+            closer = _chosen(peers, found.closer)
+            copies = yield from self._open_copies(found.records, question, asked_at)
+            answers.append(Answer(closer, copies, found.number, found.more))
         return answers
 
-    async def _open_cards(self, by: PeerId, cards: Iterable[bytes]) -> list[PeerId]:
+    def _open_cards(self, by: PeerId, cards: Iterable[bytes]) -> Reading[list[PeerId]]:
         """Whom an answer names."""
         peers = []
         for at, raw in enumerate(cards, start=1):
@@ -217,7 +159,7 @@ class Asks:
             self._contacts.named(by, record, trio.current_time())
             peers.append(record.signer)
             if at % VERIFY_AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
+                yield
         return peers
 
     def _open_card(self, raw: bytes) -> Signed[PeerRecord]:
@@ -228,16 +170,16 @@ class Asks:
             _drop_oldest(self._cards, CARDS)
         return record
 
-    async def _open_copies(
+    def _open_copies(
         self, copies: Iterable[Copy], question: Question | None, asked_at: float
-    ) -> tuple[RecordCopy[Any], ...]:
+    ) -> Reading[tuple[RecordCopy[Any], ...]]:
         opened = []
         for at, copy in enumerate(copies, start=1):
             if question is None:
                 raise MalformedMessage("dht.answers", "records that nobody asked for")
             opened.append(self._open_copy(copy, question.kind, question.key, asked_at))
             if at % VERIFY_AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
+                yield
         return tuple(opened)
 
     def _open_copy(
@@ -271,58 +213,31 @@ class Asks:
         return Vote(verdict.outcome, verdict.why, verdict.number, owner, closer)
 
 
-class _Line(Generic[Q, A]):
-    """The questions of one method that wait to be sent, by peer."""
+def _finding(targets: Sequence[bytes]) -> FindRequest:
+    return FindRequest(targets=tuple(targets))
 
-    def __init__(
-        self,
-        jobs: Jobs,
-        send: Callable[[PeerId, Sequence[Q]], Awaitable[Sequence[A]]],
-        cost: Callable[[Q], int],
-        failed: Callable[[PeerId, P2PMoEError], None],
-    ) -> None:
-        self._jobs, self._send, self._cost, self._failed = jobs, send, cost, failed
-        self._waiting: dict[PeerId, list[tuple[Q, Promise[A]]]] = {}  # until they are sent
 
-    async def ask(self, peer: PeerId, question: Q) -> A:
-        return await self.begin(peer, question).wait()
+def _getting(questions: Sequence[Question]) -> GetRequest:
+    keys = (
+        KeyQuery(key=each.key, kind=_word(each.kind), after=each.after, known=each.known)
+        for each in questions
+    )
+    return GetRequest(keys=tuple(keys))
 
-    def begin(self, peer: PeerId, question: Q) -> Promise[A]:
-        promise: Promise[A] = Promise()
-        waiting = self._waiting.get(peer)
-        if waiting is not None:
-            waiting.append((question, promise))
-        else:
-            self._jobs.start(partial(self._flush, peer), partial(self._abandon, peer))
-            self._waiting[peer] = [(question, promise)]
-        return promise
 
-    async def _flush(self, peer: PeerId) -> None:
-        waiting = rest = self._waiting.pop(peer)  # all that came up by the same news
-        try:
-            while rest:
-                batch = rest[: self._fitting(rest)]
-                answers = await self._send(peer, [question for question, _ in batch])
-                for (_, promise), answer in zip(batch, answers, strict=False):
-                    promise.keep(answer)
-                rest = rest[len(answers) :]
-        except P2PMoEError as error:
-            self._failed(peer, error)
-            _fail(waiting, error)
-        finally:
-            _fail(waiting, NodeClosed("the node was closed"))
+def _putting(handed: Sequence[_Handed]) -> PutRequest:
+    return PutRequest(records=tuple(each.message() for each in handed))
 
-    def _abandon(self, peer: PeerId) -> None:
-        _fail(self._waiting.pop(peer), NodeClosed("the node was closed"))
 
-    def _fitting(self, waiting: Sequence[tuple[Q, Promise[A]]]) -> int:
-        """How many of these one call may carry: at least one."""
-        total = 0
-        for fitting, (question, _) in enumerate(waiting[:MAX_BATCH]):
-            total += self._cost(question)
-            if fitting and total > BATCH_BYTES:
-                return fitting
-        return min(len(waiting), MAX_BATCH)
+def _mending(places: Sequence[tuple[Kind, bytes]]) -> MendRequest:
+    keys = (MendKey(kind=cast("StoredKind", kind.value), key=key) for kind, key in places)
+    return MendRequest(keys=tuple(keys))
+
+
+def _mended(asked: Asked[tuple[Kind, bytes]], body: bytes) -> Reading[list[None]]:
+    schema.decode(body, MendReply)
+    yield from ()
+    return [None for _ in asked.questions]
 
 
 def _chosen(peers: Sequence[PeerId], places: Iterable[int]) -> tuple[PeerId, ...]:
@@ -350,8 +265,3 @@ def _kind_of(raw: bytes) -> Kind:
     if found is None:
         raise MalformedMessage("envelope.kind", "no kind that is stored")
     return found
-
-
-def _fail(waiting: Sequence[tuple[Any, Promise[Any]]], error: P2PMoEError) -> None:
-    for _, promise in waiting:
-        promise.fail(error)

@@ -8,7 +8,7 @@ closest peers were asked (L1). Whoever says that others have more is not believe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,9 +45,10 @@ from p2pmoe.dht.routing import Networks
 from p2pmoe.dht.search import Searches
 from p2pmoe.errors import NodeClosed, NotAllowed, P2PMoEError, PeerBusy
 from p2pmoe.identity import ID_BYTES, PeerId, distance
-from p2pmoe.net.incoming import Handler, IncomingCall
+from p2pmoe.net.incoming import Handler, IncomingCall, Prompt, Task
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
+from p2pmoe.wire.schema import Message
 
 OTHERS_LIMIT = 4.0  # seconds for L1; within what the publisher waits for a put
 MOST_MENDING = 32  # keys for which others are asked at once because somebody said so; a guess
@@ -70,6 +71,16 @@ class HolderParts:
     jobs: Jobs
 
 
+@dataclass(frozen=True, slots=True)
+class _Puts:
+    """Records that one call hands over, by their keys, and what becomes of each."""
+
+    call: IncomingCall
+    request: PutRequest
+    keys: list[bytes]
+    votes: list[Vote | AskFirst]
+
+
 class Holder:
     """Serves this peer's store to others, and to itself by `put`."""
 
@@ -77,22 +88,22 @@ class Holder:
         self._parts = parts
         self._mending: set[bytes] = set()  # keys
         self.handlers: dict[str, Handler] = {
-            FIND: self._find,
-            GET: self._get,
-            PUT: self._put,
-            MEND: self._mend,
+            FIND: Prompt(self._find),
+            GET: Prompt(self._get),
+            PUT: Prompt(self._put),
+            MEND: Prompt(self._mend),
         }
 
     # ---------------------------------------------------------------------------------- answers
-    async def _find(self, call: IncomingCall) -> None:
+    def _find(self, call: IncomingCall) -> None:
         request = schema.decode(call.body, FindRequest)
         packer = Packer(self._card, trio.current_time())
         for target in request.targets:
             if not packer.add(self._closer(target, call.peer), []):
                 break
-        await call.send(schema.encode(packer.reply()))
+        _answer(call, packer.reply())
 
-    async def _get(self, call: IncomingCall) -> None:
+    def _get(self, call: IncomingCall) -> None:
         request = schema.decode(call.body, GetRequest)
         now, store = trio.current_time(), self._parts.store
         packer = Packer(self._card, now)
@@ -102,32 +113,47 @@ class Holder:
             closer = self._closer(query.key, call.peer, query.known)
             if not packer.add(closer, records, store.number(query.key)):
                 break
-        await call.send(schema.encode(packer.reply()))
+        _answer(call, packer.reply())
 
-    async def _put(self, call: IncomingCall) -> None:
+    def _put(self, call: IncomingCall) -> Task | None:
         if self._parts.place.holder is None:
             raise NotAllowed("this peer cannot be dialled and holds nothing for others")
         request = schema.decode(call.body, PutRequest)
         if call.record is not None:
             self._parts.contacts.learn(call.record)
         handed = [self._opened(each) for each in request.records]
-        votes: dict[int, Vote] = {}
-        if len(handed) == 1:  # without a task of its own, which is a tenth of the cost
-            await self._put_one(call.peer, handed[0], 0, votes)
-        else:
-            async with trio.open_nursery() as decisions:
-                for at, each in enumerate(handed):
-                    decisions.start_soon(self._put_one, call.peer, each, at, votes)
-        now = trio.current_time()
-        cards = Cards(self._card)
-        for at, put in enumerate(request.records):
-            if put.holders:
-                closer = self._closer(handed[at][0].body.key, call.peer, put.holders)
-                votes[at] = replace(votes[at], closer=tuple(closer))
-        verdicts = tuple(_verdict(votes[at], now, cards) for at in range(len(handed)))
-        await call.send(schema.encode(PutReply(verdicts=verdicts, contacts=tuple(cards.raw))))
+        votes = [self._look(call.peer, *each) for each in handed]
+        puts = _Puts(call, request, [record.body.key for record, _ in handed], votes)
+        if any(isinstance(vote, AskFirst) for vote in votes):
+            return partial(self._ask_first, puts)
+        self._tell(puts)
+        call.finish()
+        return None
 
-    async def _mend(self, call: IncomingCall) -> None:
+    async def _ask_first(self, puts: _Puts, _call: IncomingCall) -> None:
+        """What has to wait for others, all at once."""
+
+        async def settle(at: int, first: AskFirst) -> None:
+            puts.votes[at] = await self._grant(first)
+
+        async with trio.open_nursery() as decisions:
+            for at, vote in enumerate(puts.votes):
+                if isinstance(vote, AskFirst):
+                    decisions.start_soon(settle, at, vote)
+        self._tell(puts)
+
+    def _tell(self, puts: _Puts) -> None:
+        """Post what became of each record, and who is closer for those that want to know."""
+        now = trio.current_time()
+        cards, verdicts = Cards(self._card), []
+        for put, key, vote in zip(puts.request.records, puts.keys, puts.votes, strict=True):
+            assert isinstance(vote, Vote)
+            closer = self._closer(key, puts.call.peer, put.holders) if put.holders else ()
+            verdicts.append(_verdict(vote, closer, now, cards))
+        reply = PutReply(verdicts=tuple(verdicts), contacts=tuple(cards.raw))
+        puts.call.post(schema.encode(reply))
+
+    def _mend(self, call: IncomingCall) -> None:
         request = schema.decode(call.body, MendRequest)
         for each in request.keys if self._parts.place.holder is not None else ():
             if each.key not in self._mending and len(self._mending) < MOST_MENDING:
@@ -137,7 +163,7 @@ class Holder:
                 except (NodeClosed, PeerBusy):
                     break
                 self._mending.add(each.key)
-        await call.send(schema.encode(MendReply()))
+        _answer(call, MendReply())
 
     async def _ask_for_more(self, kind: Kind, key: bytes) -> None:
         try:
@@ -153,20 +179,14 @@ class Holder:
         transfer = sealed.open(handed.transfer, Kind.TRANSFER) if handed.transfer else None
         return sealed.open(handed.record, kind), transfer
 
-    async def _put_one(
-        self,
-        sender: PeerId,
-        handed: tuple[Signed[Any], Signed[Transfer] | None],
-        at: int,
-        votes: dict[int, Vote],
-    ) -> None:
-        record, transfer = handed
+    def _look(
+        self, sender: PeerId, record: Signed[Any], transfer: Signed[Transfer] | None
+    ) -> Vote | AskFirst:
         if sender != record.signer and record.kind is not Kind.MANIFEST:
-            votes[at] = Vote("refused", "not_publisher")
-        elif record.kind is Kind.TRANSFER:
-            votes[at] = self._parts.offered(record)
-        else:
-            votes[at] = await self.put(record, transfer)
+            return Vote("refused", "not_publisher")
+        if record.kind is Kind.TRANSFER:
+            return self._parts.offered(record)
+        return self._decide(record, transfer)
 
     def _card(self, peer: PeerId) -> bytes | None:
         record = self._parts.contacts.record(peer)
@@ -189,12 +209,15 @@ class Holder:
     # --------------------------------------------------------------------------------- decisions
     async def put(self, record: Signed[Any], transfer: Signed[Transfer] | None = None) -> Vote:
         """What this holder makes of a record that its publisher handed over."""
+        outcome = self._decide(record, transfer)
+        return await self._grant(outcome) if isinstance(outcome, AskFirst) else outcome
+
+    def _decide(self, record: Signed[Any], transfer: Signed[Transfer] | None) -> Vote | AskFirst:
         networks, now = self._networks(record.signer), trio.current_time()
         outcome = self._parts.store.put(record, now, networks, transfer)
         if isinstance(outcome, AskFirst):
-            outcome = await self._grant(outcome.lease, outcome.transfer)
-        telemetry.count("p2pmoe_dht_puts_total", result=type(outcome).__name__.lower())
-        vote = vote_of(outcome)
+            return outcome
+        vote = _counted(outcome)
         return vote if self._comes_first(record, now) else replace(vote, why=vote.why or "later")
 
     def _comes_first(self, record: Signed[Any], now: float) -> bool:
@@ -204,8 +227,9 @@ class Holder:
         first = self._parts.store.get(record.body.key, now, kind=Kind.MANIFEST)
         return not first or first[0].signed.digest == record.digest
 
-    async def _grant(self, lease: Signed[Lease], transfer: Signed[Transfer] | None) -> Put:
+    async def _grant(self, first: AskFirst) -> Vote:
         """L1: dial the publisher back, ask the others, then decide."""
+        lease = first.lease
         others: list[Others] = []
         reached = lease.signer == self._parts.place.own
         with trio.move_on_after(OTHERS_LIMIT):
@@ -213,12 +237,13 @@ class Holder:
                 questions.start_soon(self._ask_others, lease, others)
                 reached = reached or await self._parts.dial_back(lease.signer)
         if not reached:
-            return Refused("not_dialled")
+            return _counted(Refused("not_dialled"))
         if not others:  # they did not all answer in time, so nothing is known
-            return Abstained()
+            return _counted(Abstained())
         networks = self._networks(lease.signer)
         now = trio.current_time()
-        return self._parts.store.decide(lease, others[0], now, networks, transfer)
+        store = self._parts.store
+        return _counted(store.decide(lease, others[0], now, networks, first.transfer))
 
     def _networks(self, publisher: PeerId) -> Networks:
         return self._parts.contacts.networks(publisher)
@@ -242,6 +267,17 @@ def _somebody_else_has_it(claimant: PeerId, answers: Sequence[Answer], _asked: i
     )
 
 
+def _answer(call: IncomingCall, reply: Message) -> None:
+    """All that there is to say, at once."""
+    call.post(schema.encode(reply))
+    call.finish()
+
+
+def _counted(outcome: Put) -> Vote:
+    telemetry.count("p2pmoe_dht_puts_total", result=type(outcome).__name__.lower())
+    return vote_of(outcome)
+
+
 def vote_of(outcome: Put) -> Vote:
     """The words for what the store has decided."""
     match outcome:
@@ -259,9 +295,9 @@ def vote_of(outcome: Put) -> Vote:
             return Vote("refused", outcome.why, outcome.number, owner)
 
 
-def _verdict(vote: Vote, now: float, cards: Cards) -> Verdict:
+def _verdict(vote: Vote, closer: Iterable[PeerId], now: float, cards: Cards) -> Verdict:
     owner = None if vote.owner is None else copy_of(vote.owner, now)
-    closer = tuple(place for peer in vote.closer if (place := cards.place(peer)) is not None)
+    places = tuple(place for peer in closer if (place := cards.place(peer)) is not None)
     return Verdict(
-        outcome=vote.outcome, why=vote.why, number=vote.number, owner=owner, closer=closer
+        outcome=vote.outcome, why=vote.why, number=vote.number, owner=owner, closer=places
     )

@@ -1,15 +1,17 @@
-"""Work that outlives the call which began it: one nursery, and promises to wait on.
+"""Work that outlives the call which began it: one nursery, deadlines, and promises to wait on.
 
-Rules: `Jobs.run` owns every task; whoever waits for a promise may be cancelled without harm to the
-work or to the others who wait; when the nursery ends, every promise is broken with `NodeClosed`.
+Rules: `Jobs.run` owns every task, and tells work that has none when it is late; whoever waits for a
+promise may be cancelled without harm to the work or to the others who wait; when the nursery ends,
+every promise is broken with `NodeClosed`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from functools import partial
-from typing import Generic, TypeVar, cast
+from typing import Generic, NoReturn, Protocol, TypeVar, cast
 
 import trio
 
@@ -26,35 +28,60 @@ Abandon = Callable[[], None]
 class Promise(Generic[T]):
     """A value that comes later, or the error instead of it."""
 
-    __slots__ = ("_error", "_ready", "value")
+    __slots__ = ("_error", "_told", "over", "value")
 
     def __init__(self) -> None:
-        self._ready = trio.Event()
-        self.value: T | None = None  # once it is there
+        self.over = False  # whether one of them is there
+        self.value: T | None = None
         self._error: P2PMoEError | None = None
+        self._told: list[Callable[[], object]] = []
 
     def keep(self, value: T) -> None:
         """Here is the value; what came first stays."""
-        if not self._ready.is_set():
+        if not self.over:
             self.value = value
-            self._ready.set()
+            self._end()
 
     def fail(self, error: P2PMoEError) -> None:
         """There is no value, and this is why; what came first stays."""
-        if not self._ready.is_set():
+        if not self.over:
             self._error = error
-            self._ready.set()
+            self._end()
+
+    def then(self, tell: Callable[[], object]) -> None:
+        """Call this as it ends. It must not have ended."""
+        self._told.append(tell)
 
     async def ended(self) -> None:
         """Wait for the value or the error."""
-        await self._ready.wait()
+        if self.over:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            waiting = trio.lowlevel.ParkingLot()
+            self.then(waiting.unpark_all)
+            await waiting.park()
 
     async def wait(self) -> T:
         """The value, once it is there; raises the error, a copy for each that waits."""
-        await self._ready.wait()
+        await self.ended()
         if self._error is not None:
             raise copy.copy(self._error)
         return cast("T", self.value)
+
+    def _end(self) -> None:
+        self.over, told, self._told = True, self._told, []
+        for tell in told:
+            tell()
+
+
+class Watched(Protocol):
+    """Work without a task, which has a deadline."""
+
+    def late(self) -> None:
+        """The deadline has come."""
+
+    def abandon(self) -> None:
+        """The node ends."""
 
 
 async def together(asks: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
@@ -83,6 +110,8 @@ class Jobs:
         self._waiting: list[tuple[Job, Abandon]] = []
         self._nursery: trio.Nursery | None = None
         self._running = 0
+        self._watched: dict[Watched, float] = {}  # deadlines of what has no task
+        self._alarm = trio.CancelScope()
         self._ended = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -95,13 +124,15 @@ class Jobs:
                 self._waiting.clear()
                 task_status.started()
                 try:
-                    await trio.sleep_forever()
+                    await self._watch()
                 finally:
                     self._nursery = None
         finally:
             self._ended = True
             for _, abandoned in self._waiting:
                 abandoned()
+            for each in list(self._watched):
+                each.abandon()
 
     def start(self, job: Job, abandoned: Abandon) -> None:
         """Hand a job over. If it is never begun, `abandoned` is called when the node ends.
@@ -116,6 +147,30 @@ class Jobs:
             self._waiting.append((job, abandoned))
         else:
             self._begin(job)
+
+    def watch(self, work: Watched, deadline: float) -> None:
+        """Tell this work when it is late, until it is forgotten. Raises as `start`."""
+        if self._ended:
+            raise NodeClosed("the node was closed")
+        if len(self._watched) == MOST_RUNNING:
+            raise PeerBusy(f"{MOST_RUNNING} questions wait here already")
+        self._watched[work] = deadline
+        if deadline < self._alarm.deadline:
+            self._alarm.deadline = deadline
+
+    def forget(self, work: Watched) -> None:
+        """It has ended."""
+        self._watched.pop(work, None)
+
+    async def _watch(self) -> NoReturn:
+        while True:
+            soonest = min(self._watched.values(), default=math.inf)
+            with trio.CancelScope(deadline=soonest) as self._alarm:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            for work in [work for work, deadline in self._watched.items() if deadline <= now]:
+                self.forget(work)
+                work.late()
 
     def _begin(self, job: Job) -> None:
         assert self._nursery is not None

@@ -10,7 +10,7 @@ connection.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +75,9 @@ class Connection:
         caller = Caller(self.peer, terms.greeted.record, self._changed, self._answered, self._blame)
         self._incoming = IncomingCalls(self._core, caller, handlers)
         self._sending = 0  # bytes of the frames that are being sent
+        self._performing = False  # whether what came is being looked at
         self._heard_bytes = terms.frames.received_bytes
+        self._composing: list[Callable[[], None]] = []  # what is to be asked, until it is sent
         self._wake = trio.lowlevel.ParkingLot()  # the writer, while there is nothing to send
         self._life = trio.CancelScope()
         self._alarm = trio.CancelScope()
@@ -122,6 +124,11 @@ class Connection:
         self._changed()
         return outgoing
 
+    def soon(self, compose: Callable[[], None]) -> None:
+        """Call this in the writer's next turn, to ask if it is still `open`: all at once till then."""
+        self._composing.append(compose)
+        self._wake.unpark_all()
+
     def retire(self) -> None:
         """Say goodbye: no further calls, those in flight are answered, then `run` returns."""
         self._core.leave()
@@ -154,6 +161,7 @@ class Connection:
                 self.error = self._cut or NotAllowed("a certificate has expired")
         finally:
             self._lose_calls()
+            self._compose()
             self._incoming.cancel_all()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + limits.goodbye):
                 try:
@@ -165,25 +173,33 @@ class Connection:
         while True:
             try:
                 frames = await self._frames.receive()
-                now = trio.current_time()
+                now, self._performing = trio.current_time(), True
                 for frame in frames:  # what came before a frame that breaks the rules counts
                     self._perform(self._core.receive(frame, now), calls)
             except P2PMoEError as error:
                 self._end(error)
                 return
+            finally:
+                self._performing = False
             self._hear(now)
             if (deadline := self._next_deadline()) < self._alarm.deadline:
                 self._alarm.deadline = deadline
-            self._changed()
+            self._send_answers()
 
     async def _write(self) -> None:
         while self._cut is None:
+            self._compose()
             if not self._frames.whole:
                 await self._send_rest()
             elif not self._core.sendable:
                 await self._wake.park()
             elif self._send() and self._core.sendable:
                 await trio.lowlevel.checkpoint()  # others have their turn
+
+    def _compose(self) -> None:
+        composing, self._composing = self._composing, []
+        for compose in composing:
+            compose()
 
     def _send(self) -> bool:
         """Send the next frames as far as the stream takes them at once; whether that was all."""
@@ -299,8 +315,13 @@ class Connection:
     def _answered(self) -> None:
         """A call of the other side is over."""
         self.last_used = trio.current_time()
+        if not self._performing:  # else others may have their answers in the same turn
+            self._send_answers()
+
+    def _send_answers(self) -> None:
+        """At once where no other answer is about to come; else as the writer has its turn."""
         if not self._incoming and self._core.sendable and self._frames.whole:
-            self._send()  # at once: no other answer is about to come
+            self._send()
         self._changed()
 
     def _sent(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import trio
 
@@ -78,10 +79,11 @@ class IncomingCall:
 class Prompt:
     """A handler that does not wait: what it began, `finish` ends. If it raises, it has ended.
 
-    It may set the call's `dropped`, which is called when nobody waits any more.
+    It may set the call's `dropped`, which is called when nobody waits any more. A call that has to
+    wait after all goes on in a task: `begin` returns what that does.
     """
 
-    begin: Callable[[IncomingCall], None]
+    begin: Callable[[IncomingCall], Task | None]
 
 
 Task = Callable[[IncomingCall], Awaitable[None]]
@@ -115,16 +117,22 @@ class IncomingCalls:
         """Let the call's handler answer it."""
         call = IncomingCall(self, arrived)
         handler = self._handlers.get(call.method, _UNKNOWN)
-        if not isinstance(handler, Prompt):
+        task = self._begin_prompt(call, handler) if isinstance(handler, Prompt) else handler
+        if task is not None:
             scope = self._running[call.id] = trio.CancelScope(deadline=call.deadline)
-            tasks.start_soon(self._answer, call, handler, scope)
-            return
+            tasks.start_soon(self._answer, call, task, scope)
+
+    def _begin_prompt(self, call: IncomingCall, handler: Prompt) -> Task | None:
+        """Let it answer now or later, or say what is to be done in a task."""
         self._running[call.id] = call
-        self._due = min(self._due, call.deadline)
         try:
-            handler.begin(call)
+            task = handler.begin(call)
         except Exception as error:  # noqa: BLE001  as at the edge of a task
             call.finish(error)
+            return None
+        if task is None and call.id in self._running:
+            self._due = min(self._due, call.deadline)
+        return task
 
     def cancel(self, number: int) -> None:
         """Nobody waits for this answer; nothing if it has ended."""
@@ -209,7 +217,7 @@ class _UnknownMethod(P2PMoEError):
     code = "method"
 
 
-def _refuse(call: IncomingCall) -> None:
+def _refuse(call: IncomingCall) -> NoReturn:
     raise _UnknownMethod(f"there is no method {call.method} here")
 
 

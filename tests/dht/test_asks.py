@@ -9,10 +9,11 @@ import pytest
 import trio
 import trio.testing
 
-from p2pmoe.dht.asks import ASK_LIMIT, BATCH_BYTES, STALLED, VERIFY_AT_ONCE, Asks
+from p2pmoe.dht.asks import ASK_LIMIT, VERIFY_AT_ONCE, Asks
 from p2pmoe.dht.contacts import ContactParams, Contacts
 from p2pmoe.dht.jobs import Jobs
 from p2pmoe.dht.leases import Vote
+from p2pmoe.dht.lines import BATCH_BYTES, STALLED
 from p2pmoe.dht.messages import (
     MAX_BATCH,
     Copy,
@@ -55,6 +56,9 @@ class ScriptedPool:
         self.requests: list[Any] = []
         self.answer: Callable[[Any], msgspec.Struct] = lambda _: FoundReply(answers=(NOTHING,))
         self.wait = 0.01  # seconds for each call
+
+    def open_connection(self, to: object, *, bulk: bool) -> None:
+        """It has to dial for each call."""
 
     async def call(self, to: object, method: str, body: bytes) -> Part:
         types = {

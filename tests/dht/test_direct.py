@@ -25,7 +25,7 @@ from p2pmoe.identity import PeerId
 from p2pmoe.net.incoming import Handler, IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
-from tests.dht.peers import UID, Peer, Town, owner_of, swarm, town
+from tests.dht.peers import UID, Peer, Town, owner_of, pass_on, swarm, town
 from tests.dht.swarm_of_ids import GRID, lease, manifest, place
 from tests.dht.test_writing import holding, questions
 
@@ -179,7 +179,7 @@ async def test_where_all_are_slow_a_read_waits_for_them_and_asks_no_more(
 
             async def later(call: IncomingCall, get: Handler = get) -> None:
                 await trio.sleep(1.2 * SLOW)
-                await get(call)
+                await pass_on(call, get)
 
             peer.pool.handlers["dht.get"] = later
         calls = questions(reader)

@@ -7,6 +7,7 @@ import trio
 
 from p2pmoe.dht.leases import holders
 from p2pmoe.dht.messages import MEND, MendKey, MendRequest, key_of
+from p2pmoe.dht.reading import never
 from p2pmoe.dht.region import MOST_MEASURES, _Measure
 from p2pmoe.dht.search import HOSTILE_PATHS, MOST_MENDED
 from p2pmoe.wire import schema
@@ -48,7 +49,7 @@ async def test_a_holder_that_lost_a_lease_has_it_again_after_one_read_and_no_lon
         assert all(before[:5])
         assert not any(before[5:])
         forget(order[0], LEASE_KEY)
-        await owner_of(order[5])
+        await order[5].dht._searches.read(Kind.LEASE, LEASE_KEY, never)  # which hears all
         await trio.sleep(1)
         after = [ends(peer, LEASE_KEY) for peer in order]
         assert after[0] is not None

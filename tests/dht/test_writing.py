@@ -8,6 +8,7 @@ from p2pmoe.dht.leases import MOST_HOLDERS
 from p2pmoe.dht.messages import Manifest
 from p2pmoe.dht.writing import SLOW
 from p2pmoe.identity import PeerId
+from p2pmoe.net.connection import Connection
 from p2pmoe.wire.envelope import Kind, Signed
 from tests.dht.peers import Peer, full, swarm, town
 from tests.dht.swarm_of_ids import manifest
@@ -30,13 +31,30 @@ def holding(peers: list[Peer], record: Signed[Any]) -> set[PeerId]:
 
 def questions(peer: Peer) -> list[str]:
     """The methods of the calls that a peer makes from now on."""
-    calls, call = list[str](), peer.pool.call
+    calls, open_connection, call = list[str](), peer.pool.open_connection, peer.pool.call
 
-    async def noted(to: Any, method: str, body: bytes) -> Any:
+    class Noted:
+        """A connection that notes what is asked."""
+
+        def __init__(self, connection: Connection) -> None:
+            self.connection = connection
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.connection, name)
+
+        def ask(self, method: str, *rest: Any) -> Any:
+            calls.append(method)
+            return self.connection.ask(method, *rest)
+
+    def noted_connection(to: Any, *, bulk: bool) -> Noted | None:
+        connection = open_connection(to, bulk=bulk)
+        return Noted(connection) if connection else None
+
+    async def noted_call(to: Any, method: str, body: bytes) -> Any:
         calls.append(method)
         return await call(to, method, body)
 
-    peer.dht._asks._pool.call = noted
+    peer.pool.open_connection, peer.pool.call = noted_connection, noted_call
     return calls
 
 

@@ -8,8 +8,10 @@ import trio.testing
 
 from p2pmoe import telemetry
 from p2pmoe.errors import LeaseLost, RemoteError
+from p2pmoe.net.frames import FrameStream
 from p2pmoe.net.incoming import IncomingCall, Prompt
 from p2pmoe.net.messages import Cancel, End, Reply, Request
+from p2pmoe.net.outbox import OutFrame
 from tests.net.pools import Peer, greet, world
 from tests.net.test_connection import nothing_left
 
@@ -136,3 +138,53 @@ async def test_a_handler_that_raises_has_ended_its_call(autojump_clock, monkeypa
         assert events.count("net.call.crashed") == 1
         await a.pool.call(b.contact, "echo", b"")
         await nothing_left(a, b)
+
+
+async def test_a_call_that_has_to_wait_goes_on_in_a_task_and_can_be_cancelled(autojump_clock):
+    ended = []
+
+    async def wait(call: IncomingCall) -> None:
+        try:
+            await trio.sleep(0.5 if call.body else 5.0)
+            call.post(b"late")
+        finally:
+            ended.append(trio.current_time())
+
+    async with world() as w:
+        b = await w.peer(1)
+        b.pool.handlers["ask"] = Prompt(lambda _call: wait)
+        stranger = await greet(w, b)
+        began = trio.current_time()
+        await stranger.say(Request(id=1, method="ask", budget_ms=1000, body=b"short"), ask(3))
+        assert await stranger.hear() == Reply(id=1, body=b"late", last=True)
+        late = {"code": "timeout", "detail": "no answer by the deadline"}
+        assert await stranger.hear() == End(id=3, **late)
+        await stranger.say(ask(5), Cancel(id=5))
+        assert await stranger.hear() == End(id=5, code="cancelled")
+        assert [at - began for at in ended] == pytest.approx([0.5, 1.0])
+        await nothing_left(b)
+
+
+def now(call: IncomingCall) -> None:
+    call.post(b"now")
+    call.finish()
+
+
+async def test_answers_to_what_is_read_at_once_leave_in_one_send(autojump_clock, monkeypatch):
+    async with world() as w:
+        b = await w.peer(1)
+        b.pool.handlers["ask"] = Prompt(now)
+        stranger = await greet(w, b)
+        sends, start = [], FrameStream.start
+
+        def noted(frames: FrameStream, batch: list[OutFrame]) -> bool:
+            if any(frame.ends for frame in batch):
+                sends.append(len(batch))
+            return start(frames, batch)
+
+        monkeypatch.setattr(FrameStream, "start", noted)
+        await stranger.say(ask(1), ask(3), ask(5))
+        for number in (1, 3, 5):
+            assert await stranger.hear() == Reply(id=number, body=b"now", last=True)
+        assert sends == [3]
+        await nothing_left(b)

@@ -761,3 +761,28 @@ async def test_a_stopped_pool_lets_nobody_in(autojump_clock):
         with pytest.raises(PeerBusy, match="shutting down"):
             await a.pool.call(b.contact, "echo", b"")
         assert b.events == []
+
+
+async def test_what_is_to_be_asked_soon_is_composed_once_in_the_writers_turn(autojump_clock):
+    async with world() as w:
+        a, b = await w.peer(0), await w.peer(1)
+        await a.pool.call(b.contact, "echo", b"")
+        connection = a.pool.open_connection(b.contact, bulk=False)
+        composed, answers = [], []
+
+        def compose() -> None:
+            composed.append(connection.open)
+            if connection.open:
+                answers.append(connection.ask("echo", b"soon", (), 1.0))
+
+        connection.soon(compose)
+        connection.soon(compose)
+        assert composed == []
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(1)
+        assert composed == [True, True]
+        assert [answer.take().body for answer in answers] == [b"soon", b"soon"]
+        connection.soon(compose)
+        connection.drop(ConnectionLost("of a test"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert composed == [True, True, False]
