@@ -34,16 +34,19 @@ from p2pmoe.gossip.membership import (
     Send,
     State,
 )
-from p2pmoe.gossip.messages import GossipMessage, Leave, News, Opening, Suspect
+from p2pmoe.gossip.messages import STEP, GossipMessage, Leave, News, Opening, Suspect
 from p2pmoe.gossip.watching import WATCH, Watchers
 from p2pmoe.identity import KeyPair, PeerId
-from p2pmoe.net.incoming import IncomingCall
+from p2pmoe.net.incoming import IncomingCall, Prompt, Task
 from p2pmoe.net.pool import DialFailed, PeerConnected, PeerLost, Pool, PoolEvent
 from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, seal
 from p2pmoe.wire.peer_record import PeerRecord, contact_of, seal_record
 
 AT_ONCE = 256  # messages between two looks at the clock
 INBOX = 1024  # messages that wait for the loop; memberlist's queue a priority
+BARE = (
+    128  # bytes of a message that are too few for an envelope: its key and signature alone have 96
+)
 VERIFIED = 8192  # digests of envelopes that were verified; eight times a swarm of 1,000
 SLOW = 0.1  # seconds that the loop may be late; a guess, above what a busy training thread does
 # to it (26 ms at the 99th percentile)
@@ -113,6 +116,7 @@ class GossipService:
         self._waiting = 0  # messages in the inbox; what else is there is bounded by connections
         self._verified = VerifiedCache(VERIFIED)
         self._turn = trio.Lock()  # to check signatures
+        self._room = STEP  # of signatures that are checked as they come, until the loop's next turn
         self._watchers = Watchers()
         self._met: dict[PeerId, Signed[PeerRecord]] = {}  # connected now, with their records
         self._dialling: set[PeerId] = set()
@@ -120,7 +124,7 @@ class GossipService:
         self._dials = trio.CapacityLimiter(DIALS)
         self._neighbours: frozenset[PeerId] = frozenset()
         self._disk = trio.CapacityLimiter(1)
-        parts.pool.handlers[TELL] = self._answer
+        parts.pool.handlers[TELL] = Prompt(self._hear)
         parts.pool.handlers[WATCH] = self._watch
         parts.pool.observers.append(self._observe)
 
@@ -207,7 +211,7 @@ class GossipService:
         if (late := trio.current_time() - due) > SLOW:
             telemetry.count("p2pmoe_gossip_stalls_total")
             await trio.sleep(min(late, CATCH_UP))  # the machine sees by itself that it is late
-        self._mail = trio.Event()
+        self._mail, self._room = trio.Event(), STEP
         now = trio.current_time()
         self._core.load = self._load()
         for _ in range(min(AT_ONCE, len(self._inbox))):
@@ -237,20 +241,36 @@ class GossipService:
         self._inbox.append(step)
         self._mail.set()
 
-    async def _answer(self, call: IncomingCall) -> None:
+    def _hear(self, call: IncomingCall) -> Task | None:
+        """A message; what has many signatures, or comes after many, is opened in a task."""
         if self._waiting >= INBOX:
             telemetry.count("p2pmoe_gossip_dropped_total", why="inbox")
-            return
+            call.finish()
+            return None
+        opening = Opening(call.body, self._parts.network, self._verified)
+        if len(call.body) > BARE and (self._turn.locked() or not self._room):
+            return partial(self._open, opening)
+        if opening.step(self._room or STEP):
+            self._room = 0
+            return partial(self._open, opening)
+        self._room -= min(self._room, len(opening.message.claims))
+        self._opened(opening, call)
+        call.finish()
+        return None
+
+    async def _open(self, opening: Opening, call: IncomingCall) -> None:
         self._waiting += 1
         try:
-            opening = Opening(call.body, self._parts.network, self._verified)
             more = True
             while more:
                 async with self._turn:
                     more = opening.step()
-        except BaseException:  # malformed or cancelled: it waits no more
+        finally:
             self._waiting -= 1
-            raise
+        self._opened(opening, call)
+
+    def _opened(self, opening: Opening, call: IncomingCall) -> None:
+        self._waiting += 1
         self._step(partial(self._received, call.peer, opening.message))
 
     def _received(self, sender: PeerId, message: GossipMessage, now: float) -> list[Effect]:
@@ -301,7 +321,7 @@ class GossipService:
             match effect:
                 case Send(to=peer, message=message):
                     if (record := self._met.get(peer)) is not None:
-                        self._lines.put(senders, contact_of(record), message)
+                        self._lines.put(contact_of(record), message)
                 case Dial(peer=peer, record=record):
                     self._dial(senders, peer, record)
                 case Neighbours(peers=peers):

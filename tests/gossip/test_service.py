@@ -19,6 +19,7 @@ from p2pmoe.gossip.lines import TELL
 from p2pmoe.gossip.members import State
 from p2pmoe.gossip.messages import GossipMessage, News, encode_message
 from p2pmoe.identity import KeyPair
+from p2pmoe.net.incoming import Prompt, Task
 from p2pmoe.node import Node
 from p2pmoe.wire import schema
 from p2pmoe.wire.peer_record import PeerRecord, contact_of, seal_record
@@ -217,11 +218,11 @@ def _record(node: Node, recorded: list[bytes]) -> None:
     """Keep a copy of everything that the node is told."""
     answer = node.pool.handlers[TELL]
 
-    async def record(call) -> None:
+    def record(call) -> Task | None:
         recorded.append(call.body)
-        await answer(call)
+        return answer.begin(call)
 
-    node.handle(TELL, record)
+    node.handle(TELL, Prompt(record))
 
 
 # ------------------------------------------------------------------ crowds and bad neighbours
