@@ -99,8 +99,8 @@ def all_answered(answers: Sequence[Answer], asked: int) -> bool:
 
 def majority_agrees(answers: Sequence[Answer], asked: int) -> bool:
     """A quorum names the same publisher of a lease, or the same manifest, first."""
-    named = Counter(_named(answer.records[0].signed) for answer in answers if answer.records)
-    return max(named.values(), default=0) >= quorum(asked)
+    named = [_named(answer.records[0].signed) for answer in answers if answer.records]
+    return max(map(named.count, named), default=0) >= quorum(asked)
 
 
 def needed(enough: Enough, asked: int) -> int:
@@ -128,8 +128,8 @@ def first_named(found: Searched) -> Signed[Manifest] | None:
         for holder in found.holders
         if holder in found.answers and found.answers[holder].records
     ]
-    named = Counter(first.digest for first in firsts)
-    return min(firsts, key=lambda first: (-named[first.digest], first.digest), default=None)
+    named = [first.digest for first in firsts]
+    return min(firsts, key=lambda first: (-named.count(first.digest), first.digest), default=None)
 
 
 def newest(copies: Iterable[RecordCopy[Any]]) -> list[RecordCopy[Any]]:
@@ -203,6 +203,9 @@ def lacking(kind: Kind, key: bytes, found: Searched, now: float) -> list[PeerId]
 
     The one beyond is the closest that is no holder (Kademlia, section 2.3); it keeps no leases.
     """
+    every = [[copy.signed.digest for copy in answer.records] for answer in found.answers.values()]
+    if all(named == every[0] for named in every):
+        return []
     wanted = {copy.signed.digest for copy in wanted_copies(kind, found, now)}
     asked = [peer for peer in found.holders if peer in found.answers]
     if kind is not Kind.LEASE:
