@@ -148,7 +148,8 @@ class Line(Generic[Q, A]):
             if not connection.open:
                 raise NotBegun("the connection ended before it was asked")
             body = self._compose(call)
-            call.outgoing = connection.ask(self._form.method, body, (), self._form.limit)
+            left = call.deadline - call.asked.at
+            call.outgoing = connection.ask(self._form.method, body, (), left)
         except P2PMoEError as error:
             self._ended(call, error)
         else:
@@ -185,6 +186,7 @@ class Line(Generic[Q, A]):
         self._jobs.forget(call)
         try:
             parts = list(iter(outgoing.take, None))
+            outgoing.close()
             if len(parts) != 1:
                 raise RemoteProtocolError(f"an answer of {len(parts)} parts, where one was due")
             reading = self._heard(call, parts[0].body)

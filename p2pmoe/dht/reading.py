@@ -203,9 +203,6 @@ def lacking(kind: Kind, key: bytes, found: Searched, now: float) -> list[PeerId]
 
     The one beyond is the closest that is no holder (Kademlia, section 2.3); it keeps no leases.
     """
-    every = [[copy.signed.digest for copy in answer.records] for answer in found.answers.values()]
-    if all(named == every[0] for named in every):
-        return []
     wanted = {copy.signed.digest for copy in wanted_copies(kind, found, now)}
     asked = [peer for peer in found.holders if peer in found.answers]
     if kind is not Kind.LEASE:
