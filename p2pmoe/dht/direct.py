@@ -15,9 +15,11 @@ import trio
 
 from p2pmoe.dht.asks import NAME_BYTES, Asks
 from p2pmoe.dht.contacts import Contacts
+from p2pmoe.dht.jobs import Jobs, Promise
 from p2pmoe.dht.leases import MOST_HOLDERS, holders
 from p2pmoe.dht.reading import Answer, Enough, Question, Searched, needed
 from p2pmoe.dht.region import NetworkSize
+from p2pmoe.errors import NodeClosed, P2PMoEError
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind
 
@@ -48,16 +50,22 @@ class Direct:
     """Asks the closest of those who are known. `k` of them; with 0 it never does."""
 
     def __init__(
-        self, place: Place, contacts: Contacts, asks: Asks, size: NetworkSize, k: int
+        self,
+        place: Place,
+        contacts: Contacts,
+        asks: Asks,
+        jobs: Jobs,
+        size: NetworkSize,
+        k: int,
     ) -> None:
-        self._place, self._contacts, self._asks = place, contacts, asks
-        self._size, self._k = size, k
+        self.place, self.asks, self.jobs = place, asks, jobs
+        self._contacts, self._size, self._k = contacts, size, k
         self._usual = 0.0  # seconds, until all who were asked have answered
 
     def usable(self, peer: PeerId) -> bool:
         """Whether a question to this peer may be answered."""
         now = trio.current_time()
-        return self._place.usable(peer) and not self._contacts.avoided(peer, now)
+        return self.place.usable(peer) and not self._contacts.avoided(peer, now)
 
     def closest_known(self, key: bytes, *, careful: bool) -> list[PeerId]:
         """The k closest to a key, where this peer knows so many that no search is needed; or none.
@@ -73,7 +81,7 @@ class Direct:
         closest = list(islice(filter(self.usable, met), self._k))
         return [] if self._size.is_crowded(key, closest, now) else closest
 
-    async def read(
+    def read(
         self,
         kind: Kind,
         key: bytes,
@@ -81,52 +89,103 @@ class Direct:
         own: Mapping[PeerId, Answer],
         *,
         careful: bool,
-    ) -> Searched | None:
+    ) -> Promise[Searched | None]:
         """What the closest say, of whom no more are asked than `enough` needs while they agree.
 
         None where it takes a search: this peer knows too few, one is slow or has more than one
         answer, or ids crowd around the key.
         """
         began = self.closest_known(key, careful=careful)
-        question = Question(kind, key, known=names(began))
-        known, heard, failed = set(began), dict(own), set[PeerId]()
-        while known and len(heard) + len(failed) < MOST_ASKED:
-            closest = holders(key, known, self._place.holder)
-            answers = [heard[peer] for peer in closest if peer in heard]
-            fresh = [peer for peer in closest if peer not in heard]
-            if enough(answers, len(closest)) or not fresh:
-                few = failed and len(closest) < MOST_HOLDERS
-                more = any(answer.more for answer in answers)
-                odd = few or more or self._is_crowded(key, known)
-                return None if odd else Searched(closest, heard)
-            having = sum(bool(answer.records) for answer in answers)
-            asked = fresh[: max(1, needed(enough, len(closest)) - having)]
-            came = await self._ask(asked, question)
-            if came is None:
-                return None
-            heard |= came
-            failed |= set(asked) - came.keys()
-            named = {peer for answer in came.values() for peer in answer.closer}
-            known = (known | set(filter(self.usable, named))) - failed
-        return None
+        read = _Read(self, Question(kind, key, known=names(began)), enough, began, own)
+        read.go_on()
+        return read.promise
 
-    async def _ask(
-        self, peers: Sequence[PeerId], question: Question
-    ) -> dict[PeerId, Answer] | None:
-        """What these answer who do not fail; None if one is slow. Nobody has a task of its own."""
-        coming = [(peer, self._asks.begin_get(peer, question)) for peer in peers]
-        began = trio.current_time()
-        with trio.move_on_after(min(SLOW_MOST, max(SLOW, SLOW_FACTOR * self._usual))) as limit:
-            for _, answer in coming:
-                await answer.ended()
-        self._usual += LATE_WEIGHT * (trio.current_time() - began - self._usual)
-        if limit.cancelled_caught:
-            return None
-        return {peer: answer.value for peer, answer in coming if answer.value is not None}
+    def patience(self) -> float:
+        """Seconds after which somebody is slow."""
+        return min(SLOW_MOST, max(SLOW, SLOW_FACTOR * self._usual))
 
-    def _is_crowded(self, key: bytes, peers: Iterable[PeerId]) -> bool:
+    def took(self, seconds: float) -> None:
+        """All who were asked have answered by then, or were slow."""
+        self._usual += LATE_WEIGHT * (seconds - self._usual)
+
+    def is_crowded(self, key: bytes, peers: Iterable[PeerId]) -> bool:
+        """Whether more of these lie around a key than would by chance."""
         closest = holders(key, peers, None, self._k)
         return self._size.is_crowded(key, closest, trio.current_time())
+
+
+class _Read:
+    """A read under way, without a task: each answer takes it on."""
+
+    def __init__(
+        self,
+        direct: Direct,
+        question: Question,
+        enough: Enough,
+        began: Iterable[PeerId],
+        own: Mapping[PeerId, Answer],
+    ) -> None:
+        self.promise: Promise[Searched | None] = Promise()
+        self._direct, self._question, self._enough = direct, question, enough
+        self._known, self._heard, self._failed = set(began), dict(own), set[PeerId]()
+        self._coming: dict[PeerId, Promise[Answer]] = {}
+        self._missing = 0  # of these
+        self._asked_at = 0.0
+
+    def go_on(self) -> None:
+        """End, or ask as many as it may take."""
+        direct, key, heard = self._direct, self._question.key, self._heard
+        if not self._known or len(heard) + len(self._failed) >= MOST_ASKED:
+            self.promise.keep(None)
+            return
+        closest = holders(key, self._known, direct.place.holder)
+        answers = [heard[peer] for peer in closest if peer in heard]
+        fresh = [peer for peer in closest if peer not in heard]
+        if self._enough(answers, len(closest)) or not fresh:
+            few = self._failed and len(closest) < MOST_HOLDERS
+            more = any(answer.more for answer in answers)
+            odd = few or more or direct.is_crowded(key, self._known)
+            self.promise.keep(None if odd else Searched(closest, heard))
+            return
+        having = sum(bool(answer.records) for answer in answers)
+        try:
+            self._ask(fresh[: max(1, needed(self._enough, len(closest)) - having)])
+        except P2PMoEError as error:  # this peer has too much to do, or ends
+            direct.jobs.forget(self)
+            self.promise.fail(error)
+
+    def _ask(self, peers: Sequence[PeerId]) -> None:
+        direct, self._asked_at = self._direct, trio.current_time()
+        direct.jobs.watch(self, self._asked_at + direct.patience())
+        self._missing = len(peers)
+        self._coming = {peer: direct.asks.begin_get(peer, self._question) for peer in peers}
+        for answer in self._coming.values():
+            answer.then(self._came)
+
+    def _came(self) -> None:
+        """One of them has answered, or failed."""
+        self._missing -= 1
+        if self._missing or self.promise.over:
+            return
+        self._direct.jobs.forget(self)
+        self._direct.took(trio.current_time() - self._asked_at)
+        for peer, answer in self._coming.items():
+            if answer.value is None:
+                self._failed.add(peer)
+            else:
+                self._heard[peer] = answer.value
+                self._known.update(filter(self._direct.usable, answer.value.closer))
+        self._known -= self._failed
+        self.go_on()
+
+    def late(self) -> None:
+        """One of them is slow."""
+        self._direct.took(trio.current_time() - self._asked_at)
+        self.promise.keep(None)
+
+    def abandon(self) -> None:
+        """The node ends."""
+        self.promise.fail(NodeClosed("the node was closed"))
 
 
 def names(peers: Iterable[PeerId]) -> tuple[bytes, ...]:

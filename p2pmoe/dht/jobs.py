@@ -28,12 +28,12 @@ Abandon = Callable[[], None]
 class Promise(Generic[T]):
     """A value that comes later, or the error instead of it."""
 
-    __slots__ = ("_error", "_told", "over", "value")
+    __slots__ = ("_told", "error", "over", "value")
 
     def __init__(self) -> None:
         self.over = False  # whether one of them is there
         self.value: T | None = None
-        self._error: P2PMoEError | None = None
+        self.error: P2PMoEError | None = None
         self._told: list[Callable[[], object]] = []
 
     def keep(self, value: T) -> None:
@@ -45,12 +45,15 @@ class Promise(Generic[T]):
     def fail(self, error: P2PMoEError) -> None:
         """There is no value, and this is why; what came first stays."""
         if not self.over:
-            self._error = error
+            self.error = error
             self._end()
 
     def then(self, tell: Callable[[], object]) -> None:
-        """Call this as it ends. It must not have ended."""
-        self._told.append(tell)
+        """Call this as it ends, or now if it has."""
+        if self.over:
+            tell()
+        else:
+            self._told.append(tell)
 
     async def ended(self) -> None:
         """Wait for the value or the error."""
@@ -64,8 +67,8 @@ class Promise(Generic[T]):
     async def wait(self) -> T:
         """The value, once it is there; raises the error, a copy for each that waits."""
         await self.ended()
-        if self._error is not None:
-            raise copy.copy(self._error)
+        if self.error is not None:
+            raise copy.copy(self.error)
         return cast("T", self.value)
 
     def _end(self) -> None:
@@ -191,14 +194,48 @@ class Flights(Generic[T]):
         self._jobs = jobs
         self._flying: dict[Hashable, Promise[T]] = {}  # bounded by the calls in progress
 
-    async def share(self, key: Hashable, ask: Callable[[], Awaitable[T]]) -> T:
-        """The result of `ask()`, or of the one that is on its way for the same key."""
+    async def share(
+        self,
+        key: Hashable,
+        ask: Callable[[], Awaitable[T]],
+        at_once: Callable[[], Promise[T | None]] | None = None,
+    ) -> T:
+        """The result of `ask()`, or of the one that is on its way for the same key.
+
+        What may come without a task is tried `at_once`; a value of None means that it takes one.
+        """
         promise = self._flying.get(key)
         if promise is None:
             promise = Promise()
-            self._jobs.start(partial(self._fly, key, promise, ask), partial(self._land, key))
-            self._flying[key] = promise
+            if at_once is None:
+                self._begin(key, promise, ask)
+            else:
+                trying = at_once()
+                self._flying[key] = promise
+                trying.then(partial(self._tried, key, promise, ask, trying))
         return await promise.wait()
+
+    def _begin(self, key: Hashable, promise: Promise[T], ask: Callable[[], Awaitable[T]]) -> None:
+        self._jobs.start(partial(self._fly, key, promise, ask), partial(self._land, key))
+        self._flying[key] = promise
+
+    def _tried(
+        self,
+        key: Hashable,
+        promise: Promise[T],
+        ask: Callable[[], Awaitable[T]],
+        trying: Promise[T | None],
+    ) -> None:
+        try:
+            if trying.error is not None:
+                raise trying.error
+            if trying.value is None:
+                self._begin(key, promise, ask)
+                return
+            promise.keep(trying.value)
+        except P2PMoEError as error:
+            promise.fail(error)
+        self._land(key)
 
     async def _fly(
         self, key: Hashable, promise: Promise[T], ask: Callable[[], Awaitable[T]]

@@ -101,6 +101,7 @@ class Line(Generic[Q, A]):
     def __init__(self, pool: Pool, contacts: Contacts, jobs: Jobs, form: Form[Q, A]) -> None:
         self._pool, self._contacts, self._jobs, self._form = pool, contacts, jobs, form
         self._gathering: dict[PeerId, _Call[Q, A]] = {}  # until they are sent
+        self._said: tuple[list[Q], bytes] = [], b""  # the latest request
 
     async def ask(self, peer: PeerId, question: Q) -> A:
         """The answer; raises the `P2PMoEError` because of which there is none."""
@@ -147,7 +148,8 @@ class Line(Generic[Q, A]):
             if not connection.open:
                 raise NotBegun("the connection ended before it was asked")
             body = self._compose(call)
-            call.outgoing = connection.ask(self._form.method, body, (), self._form.limit)
+            left = call.deadline - call.asked.at
+            call.outgoing = connection.ask(self._form.method, body, (), left)
         except P2PMoEError as error:
             self._ended(call, error)
         else:
@@ -158,7 +160,9 @@ class Line(Generic[Q, A]):
         self._sent(call)
         questions = [question for question, _ in call.waiting[: self._fitting(call.waiting)]]
         call.asked = Asked(call.peer, questions, trio.current_time())
-        return schema.encode(self._form.request(questions))
+        if questions != self._said[0]:  # mostly several peers are asked the same
+            self._said = questions, schema.encode(self._form.request(questions))
+        return self._said[1]
 
     def _sent(self, call: _Call[Q, A]) -> None:
         """What comes up from now on is of another call."""
@@ -182,6 +186,7 @@ class Line(Generic[Q, A]):
         self._jobs.forget(call)
         try:
             parts = list(iter(outgoing.take, None))
+            outgoing.close()
             if len(parts) != 1:
                 raise RemoteProtocolError(f"an answer of {len(parts)} parts, where one was due")
             reading = self._heard(call, parts[0].body)

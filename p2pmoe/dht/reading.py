@@ -99,8 +99,8 @@ def all_answered(answers: Sequence[Answer], asked: int) -> bool:
 
 def majority_agrees(answers: Sequence[Answer], asked: int) -> bool:
     """A quorum names the same publisher of a lease, or the same manifest, first."""
-    named = Counter(_named(answer.records[0].signed) for answer in answers if answer.records)
-    return max(named.values(), default=0) >= quorum(asked)
+    named = [_named(answer.records[0].signed) for answer in answers if answer.records]
+    return max(map(named.count, named), default=0) >= quorum(asked)
 
 
 def needed(enough: Enough, asked: int) -> int:
@@ -128,8 +128,8 @@ def first_named(found: Searched) -> Signed[Manifest] | None:
         for holder in found.holders
         if holder in found.answers and found.answers[holder].records
     ]
-    named = Counter(first.digest for first in firsts)
-    return min(firsts, key=lambda first: (-named[first.digest], first.digest), default=None)
+    named = [first.digest for first in firsts]
+    return min(firsts, key=lambda first: (-named.count(first.digest), first.digest), default=None)
 
 
 def newest(copies: Iterable[RecordCopy[Any]]) -> list[RecordCopy[Any]]:

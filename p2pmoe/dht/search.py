@@ -20,7 +20,7 @@ from p2pmoe import telemetry
 from p2pmoe.dht.asks import Asks
 from p2pmoe.dht.contacts import Contacts
 from p2pmoe.dht.direct import Direct, Place, names
-from p2pmoe.dht.jobs import Flights, Jobs
+from p2pmoe.dht.jobs import Flights, Jobs, Promise
 from p2pmoe.dht.leases import MOST_HOLDERS, RecordCopy, holders
 from p2pmoe.dht.lookup import Lookup, LookupParams
 from p2pmoe.dht.reading import (
@@ -94,7 +94,7 @@ class Searches:
         self._mended: dict[tuple[PeerId, bytes], float] = {}  # when
         self.size = NetworkSize(params.lookup.k)
         k = 0 if params.hostile else params.lookup.k
-        self.direct = Direct(place, contacts, asks, self.size, k)
+        self.direct = Direct(place, contacts, asks, jobs, self.size, k)
 
     @property
     def k(self) -> int:
@@ -121,8 +121,9 @@ class Searches:
         enough = enough or rule
         ask = partial(self._get_pages, question=Question(kind, key))
         search = _Search(key, ask, enough, {}, patient)
+        directly = None if patient else partial(self._read_directly, kind, search)
         read = partial(self._read, kind, search)
-        return await self._flights.share((kind, key, enough), read)
+        return await self._flights.share((kind, key, enough), read, directly)
 
     async def inspect(self, key: bytes) -> Searched:
         """What all holders of a key have, whatever it is. It repairs nothing."""
@@ -136,14 +137,20 @@ class Searches:
         return self.direct.usable(peer)
 
     # ------------------------------------------------------------------------------- carried out
+    def _read_directly(self, kind: Kind, search: _Search) -> Promise[Searched | None]:
+        def mend() -> None:
+            if read.value is not None:
+                self._mend(kind, search.target, read.value)
+
+        own = self._own_answer(Question(kind, search.target))
+        careful = kind is Kind.LEASE
+        read = self.direct.read(kind, search.target, search.enough, own, careful=careful)
+        read.then(mend)
+        return read
+
     async def _read(self, kind: Kind, search: _Search) -> Searched:
         search.answers.update(self._own_answer(Question(kind, search.target)))
-        careful = kind is Kind.LEASE
-        found = None
-        if not search.patient:
-            own = search.answers
-            found = await self.direct.read(kind, search.target, search.enough, own, careful=careful)
-        found = found or await self._search(search, careful=careful)
+        found = await self._search(search, careful=kind is Kind.LEASE)
         self._mend(kind, search.target, found)
         return found
 

@@ -125,7 +125,7 @@ class Connection:
         return outgoing
 
     def soon(self, compose: Callable[[], None]) -> None:
-        """Call this in the writer's next turn, to ask if it is still `open`: all at once till then."""
+        """Call this in the writer's next turn, which asks if this is `open` still."""
         self._composing.append(compose)
         self._wake.unpark_all()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 
 from p2pmoe.dht.direct import SLOW
 from p2pmoe.dht.leases import MOST_HOLDERS, LeaseRefused, holders
@@ -21,6 +22,7 @@ from p2pmoe.dht.messages import (
     key_of,
 )
 from p2pmoe.dht.region import LEAST_MEASURES, MOST_MEASURES, _Measure
+from p2pmoe.errors import NodeClosed, PeerBusy
 from p2pmoe.identity import PeerId
 from p2pmoe.net.incoming import Handler, IncomingCall
 from p2pmoe.wire import schema
@@ -190,6 +192,82 @@ async def test_where_all_are_slow_a_read_waits_for_them_and_asks_no_more(
             calls.clear()
         assert asked[0] > 3
         assert asked[-1] == 3
+
+
+async def test_readers_of_one_key_share_a_read_whichever_of_them_goes_away(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        owner, reader = ranks[7:9]
+        await owner.dht.claim(GRID, UID)
+        await count(reader)
+        for gone in (0.0, 0.005):  # before its questions have left, and on their way
+            calls = questions(reader)
+            came: list[tuple[PeerId, int] | None] = []
+            first = trio.CancelScope()
+
+            async def read(scope: trio.CancelScope, came: list[Any] = came) -> None:
+                with scope:
+                    came.append(await seen(reader))
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(read, first)
+                await trio.lowlevel.checkpoint()
+                readers.start_soon(read, trio.CancelScope())
+                await trio.sleep(gone)
+                first.cancel()
+            assert came == [(owner.id, 1)]
+            assert calls == ["dht.get"] * 3
+
+
+async def test_a_read_whose_reader_goes_away_goes_on_by_a_search_where_somebody_is_slow(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        await ranks[7].dht.claim(GRID, UID)
+        reader = ranks[8]
+        await count(reader)
+
+        async def never(_call: IncomingCall) -> None:
+            await trio.sleep_forever()
+
+        ranks[1].pool.handlers["dht.get"] = never
+        calls = questions(reader)
+        with trio.move_on_after(SLOW / 2):
+            await seen(reader)
+        assert len(calls) == 3
+        await trio.sleep(SLOW)
+        assert len(calls) > 3
+        assert reader.dht._searches._flights._flying == {}
+
+
+async def test_a_read_ends_with_the_node_and_where_nothing_more_can_be_asked(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with town() as here:
+        ranks = order(await settled(here), LEASE_KEY)
+        reader = ranks[8]
+        await count(reader)
+        with monkeypatch.context() as few:
+            few.setattr("p2pmoe.dht.jobs.MOST_RUNNING", 1)
+            with pytest.raises(PeerBusy):
+                await seen(reader)
+        assert reader.dht._searches._flights._flying == {}
+        ended: list[NodeClosed] = []
+
+        async def read() -> None:
+            try:
+                await seen(reader)
+            except NodeClosed as error:
+                ended.append(error)
+
+        async with trio.open_nursery() as readers:
+            readers.start_soon(read)
+            await trio.sleep(0.005)
+            await here.kill(reader)
+        assert len(ended) == 1
 
 
 # ----------------------------------------------------------------------------- in spite of liars

@@ -1,5 +1,6 @@
 """Work that outlives the call which began it."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,6 +16,16 @@ async def test_a_promise_keeps_what_came_first(autojump_clock) -> None:
     promise.keep(2)
     promise.fail(NodeClosed())
     assert await promise.wait() == 1
+
+
+async def test_who_wants_to_be_told_of_a_promise_is_told_once(autojump_clock) -> None:
+    promise = Promise[int]()
+    told: list[tuple[str, bool]] = []
+    promise.then(lambda: told.append(("before", promise.over)))
+    promise.keep(1)
+    promise.keep(2)
+    promise.then(lambda: told.append(("after", promise.over)))
+    assert told == [("before", True), ("after", True)]
 
 
 async def test_everybody_who_waits_gets_an_error_of_their_own(autojump_clock) -> None:
@@ -80,6 +91,43 @@ async def test_no_more_jobs_run_at_once_than_are_allowed(
         parts.cancel_scope.cancel()
 
 
+class Work:
+    """Work without a task that notes how it ends."""
+
+    def __init__(self, ends: list[tuple[str, float]]) -> None:
+        self.ends = ends
+
+    def late(self) -> None:
+        self.ends.append(("late", trio.current_time()))
+
+    def abandon(self) -> None:
+        self.ends.append(("abandoned", trio.current_time()))
+
+
+async def test_work_without_a_task_is_told_when_it_is_late_and_when_the_node_ends(
+    autojump_clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs()
+    ends: list[tuple[str, float]] = []
+    begun = trio.current_time()
+    jobs.watch(Work(ends), begun + 3)
+    async with trio.open_nursery() as parts:
+        await parts.start(jobs.run)
+        ended = Work(ends)
+        jobs.watch(Work(ends), begun + 1)
+        jobs.watch(ended, begun + 2)
+        jobs.watch(Work(ends), begun + 9)
+        jobs.forget(ended)
+        await trio.sleep(5)
+        monkeypatch.setattr("p2pmoe.dht.jobs.MOST_RUNNING", 1)
+        with pytest.raises(PeerBusy):
+            jobs.watch(Work(ends), begun + 6)
+        parts.cancel_scope.cancel()
+    assert ends == [("late", begun + 1), ("late", begun + 3), ("abandoned", begun + 5)]
+    with pytest.raises(NodeClosed):
+        jobs.watch(Work(ends), begun + 6)
+
+
 async def test_equal_questions_are_asked_once_whoever_goes_away(autojump_clock) -> None:
     jobs = Jobs()
     flights: Flights[int] = Flights(jobs)
@@ -114,6 +162,43 @@ async def test_a_shared_question_that_fails_fails_for_all(autojump_clock) -> Non
         await parts.start(jobs.run)
         with pytest.raises(CallTimeout):
             await together([lambda: flights.share("key", ask)] * 2)
+        parts.cancel_scope.cancel()
+
+
+async def test_what_comes_at_once_needs_no_task_and_what_does_not_gets_one(autojump_clock) -> None:
+    jobs = Jobs()
+    flights: Flights[int] = Flights(jobs)
+    tried: list[Promise[int | None]] = []
+
+    def at_once() -> Promise[int | None]:
+        tried.append(Promise())
+        return tried[-1]
+
+    async def ask() -> int:
+        await trio.sleep(1)
+        return 7
+
+    async def wait(came: list[int | str]) -> None:
+        try:
+            came.append(await flights.share("key", ask, at_once))
+        except CallTimeout as error:
+            came.append(str(error))
+
+    async def outcome(end: Callable[[Promise[int | None]], None]) -> list[int | str]:
+        came: list[int | str] = []
+        async with trio.open_nursery() as waiting:
+            waiting.start_soon(wait, came)
+            waiting.start_soon(wait, came)
+            await trio.sleep(1)
+            end(tried[-1])
+        return came
+
+    async with trio.open_nursery() as parts:
+        await parts.start(jobs.run)
+        assert await outcome(lambda trying: trying.keep(1)) == [1, 1]
+        assert await outcome(lambda trying: trying.keep(None)) == [7, 7]
+        assert await outcome(lambda trying: trying.fail(CallTimeout("late"))) == ["late", "late"]
+        assert len(tried) == 3
         parts.cancel_scope.cancel()
 
 
