@@ -44,7 +44,7 @@ from p2pmoe.errors import MalformedMessage
 from p2pmoe.identity import PeerId
 from p2pmoe.net.pool import Pool
 from p2pmoe.wire import cbor, schema
-from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, open_envelope
+from p2pmoe.wire.envelope import Kind, Signed, open_envelope
 from p2pmoe.wire.peer_record import PeerRecord, open_record
 
 ASK_LIMIT = 3.0  # seconds for a find or a get, dialling included: 5 round trips of 600 ms
@@ -53,7 +53,6 @@ VERIFY_AT_ONCE = 16  # signatures checked before other tasks get their turn: abo
 NAME_BYTES = 8  # of an id, where nothing but which of a few peers is meant
 CARDS = 1024  # peer records that stay open, of 600 B at most and as much again; a guess
 OPENED = 64  # other records that stay open, of 32 KiB at most and as much again; a guess
-VERIFIED = 4096  # digests of envelopes that were verified; four times a swarm of 1,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Asks:
 
     def __init__(self, pool: Pool, contacts: Contacts, network: bytes, jobs: Jobs) -> None:
         self._contacts, self._network = contacts, network
-        self.verified = VerifiedCache(VERIFIED)
+        self._verified = pool.verified
         self._cards: dict[bytes, Signed[PeerRecord]] = {}  # by their bytes, the latest
         self._opened: dict[bytes, Signed[Any]] = {}  # the same of other records
         find = Form(FIND, ASK_LIMIT, lambda _: 32, _finding, self._found)
@@ -166,7 +165,7 @@ class Asks:
         """A peer record; the same ones come with every answer, so they are opened once."""
         record = self._cards.get(raw)
         if record is None:
-            record = self._cards[raw] = open_record(raw, self._network, self.verified)
+            record = self._cards[raw] = open_record(raw, self._network, self._verified)
             _drop_oldest(self._cards, CARDS)
         return record
 
@@ -198,7 +197,7 @@ class Asks:
         record = self._opened.get(raw)
         if record is None or record.kind is not kind:
             record = self._opened[raw] = open_envelope(
-                raw, BODY_TYPES[kind], kind=kind, network=self._network, cache=self.verified
+                raw, BODY_TYPES[kind], kind=kind, network=self._network, cache=self._verified
             )
             _drop_oldest(self._opened, OPENED)
         return record

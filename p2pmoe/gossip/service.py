@@ -39,7 +39,7 @@ from p2pmoe.gossip.watching import WATCH, Watchers
 from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.net.incoming import IncomingCall, Prompt, Task
 from p2pmoe.net.pool import DialFailed, PeerConnected, PeerLost, Pool, PoolEvent
-from p2pmoe.wire.envelope import Kind, Signed, VerifiedCache, seal
+from p2pmoe.wire.envelope import Kind, Signed, seal
 from p2pmoe.wire.peer_record import PeerRecord, contact_of, seal_record
 
 AT_ONCE = 256  # messages between two looks at the clock
@@ -47,7 +47,6 @@ INBOX = 1024  # messages that wait for the loop; memberlist's queue a priority
 BARE = (
     128  # bytes of a message that are too few for an envelope: its key and signature alone have 96
 )
-VERIFIED = 8192  # digests of envelopes that were verified; eight times a swarm of 1,000
 SLOW = 0.1  # seconds that the loop may be late; a guess, above what a busy training thread does
 # to it (26 ms at the 99th percentile)
 CATCH_UP = 0.25  # seconds that others may read after a stall, at most; a guess
@@ -114,7 +113,6 @@ class GossipService:
         self._mail = trio.Event()
         self._said_all = trio.Event()
         self._waiting = 0  # messages in the inbox; what else is there is bounded by connections
-        self._verified = VerifiedCache(VERIFIED)
         self._turn = trio.Lock()  # to check signatures
         self._room = STEP  # of signatures that are checked as they come, until the loop's next turn
         self._watchers = Watchers()
@@ -247,7 +245,7 @@ class GossipService:
             telemetry.count("p2pmoe_gossip_dropped_total", why="inbox")
             call.finish()
             return None
-        opening = Opening(call.body, self._parts.network, self._verified)
+        opening = Opening(call.body, self._parts.network, self._parts.pool.verified)
         if len(call.body) > BARE and (self._turn.locked() or not self._room):
             return partial(self._open, opening)
         if opening.step(self._room or STEP):

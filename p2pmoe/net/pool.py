@@ -61,7 +61,10 @@ CLOSED = "this node is closed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolParams:
-    """How a node keeps its connections. Seconds."""
+    """How a node keeps its connections. Seconds.
+
+    Nodes in one process that have the same `verified` check no signature twice.
+    """
 
     quota: QuotaParams = field(default_factory=QuotaParams)
     backoff: BackoffParams = field(default_factory=BackoffParams)
@@ -70,13 +73,14 @@ class PoolParams:
     idle: float = 300.0  # s without a call, then a connection is closed; a guess
     idle_check: float = 10.0  # s between looks; a guess
     call_seconds: float = 30.0  # s for a call whose caller has no deadline; a guess
+    verified: VerifiedCache | None = None
 
 
 class Pool:
     """The connections of one node. `handlers` answer calls by method, and may be added to.
 
     `greeting` gives the node's own sealed record, or `None`. Observers are told of `PoolEvent`s as
-    they happen, between awaits.
+    they happen, between awaits. What was `verified`, whoever brought it, is not checked again.
     """
 
     def __init__(
@@ -91,8 +95,10 @@ class Pool:
         self.observers: list[Callable[[PoolEvent], None]] = []
         self._own, self._params, self._rng = transport.peer_id, params, rng
         self._quota = Quota(params.quota)
-        verified = VerifiedCache(params.quota.records_remembered)
-        greeter = Greeter(network, greeting, params.quota, verified)
+        self.verified = params.verified
+        if self.verified is None:
+            self.verified = VerifiedCache(params.quota.records_remembered)
+        greeter = Greeter(network, greeting, params.quota, self.verified)
         self._door = Door(transport, greeter, self._quota, self.handlers)
         self._peers: OrderedDict[PeerId, Links] = OrderedDict()
         self._orders, self._dials = trio.open_memory_channel[Dial](WAITING_DIALS)

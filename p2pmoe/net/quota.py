@@ -98,7 +98,7 @@ class QuotaParams:
     closing: float = 1.0  # s for the other side to close after a goodbye; a guess
     # memory
     peers_remembered: int = 4096  # accounts, and back-offs; a guess, 7 MB as measured
-    records_remembered: int = 4096  # verified ones; a guess, as many as accounts
+    records_remembered: int = 16384  # verified, and claims; a guess, 16 times a swarm of 1,000
 
 
 class TokenBucket:

@@ -40,7 +40,7 @@ from p2pmoe.errors import (
 from p2pmoe.identity import KeyPair
 from p2pmoe.net.calls import Part
 from p2pmoe.wire import schema
-from p2pmoe.wire.envelope import Kind
+from p2pmoe.wire.envelope import Kind, VerifiedCache
 from tests.dht.swarm_of_ids import NETWORK, PEOPLE, card, dictionary, lease, manifest, place
 
 OWN, ANN, BOB, EVE = PEOPLE[:4]
@@ -56,6 +56,7 @@ class ScriptedPool:
         self.requests: list[Any] = []
         self.answer: Callable[[Any], msgspec.Struct] = lambda _: FoundReply(answers=(NOTHING,))
         self.wait = 0.01  # seconds for each call
+        self.verified = VerifiedCache(64)
 
     def open_connection(self, to: object, *, bulk: bool) -> None:
         """It has to dial for each call."""

@@ -27,6 +27,7 @@ from p2pmoe.identity import KeyPair
 from p2pmoe.net.asking import NotBegun, OutgoingCall
 from p2pmoe.net.calls import Part
 from p2pmoe.wire import schema
+from p2pmoe.wire.envelope import VerifiedCache
 from tests.dht.swarm_of_ids import NETWORK, PEOPLE, card, place
 
 OWN, ANN = PEOPLE[:2]
@@ -42,6 +43,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.open = True
+        self.verified = VerifiedCache(64)
         self.busy = False
         self.composing: list[Callable[[], None]] = []
         self.calls: list[OutgoingCall] = []

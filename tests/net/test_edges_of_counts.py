@@ -311,7 +311,7 @@ async def test_a_pool_remembers_so_many_records(autojump_clock: object) -> None:
             record = record_of(key(number), b.address, NETWORK)
             stranger = await greet(w, b, number, record=record)
             await stranger.stream.aclose()
-        assert len(b.pool._door._greeter.verified) == 2
+        assert len(b.pool.verified) == 2
 
 
 # ------------------------------------------------------------------ progress

@@ -17,10 +17,13 @@ from p2pmoe.net.pool import PoolParams
 from p2pmoe.net.quota import QuotaParams
 from p2pmoe.node import Node, NodeConfig, open_node
 from p2pmoe.wire.address import Address
+from p2pmoe.wire.envelope import VerifiedCache
 from tests.dht.swarm_of_ids import GRID
 
 LOOPBACK = Address("127.0.0.1", 0)
-PATIENT = PoolParams(quota=QuotaParams(handshake=30.0, hello=30.0))  # all begin on few processors
+PATIENT = PoolParams(  # all begin on few processors, and many in one process
+    quota=QuotaParams(handshake=30.0, hello=30.0), verified=VerifiedCache(65536)
+)
 SLOWLY = MembershipParams(  # fifteen times as slowly: many members share one thread, and are late
     probes=ProbeParams(interval=15.0, timeout=7.5, relayed=11.0, dial=45.0, random_every=150.0),
     roster=RosterParams(suspicion=SuspicionParams(interval=15.0)),
