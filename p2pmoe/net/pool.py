@@ -75,6 +75,12 @@ class PoolParams:
     call_seconds: float = 30.0  # s for a call whose caller has no deadline; a guess
     verified: VerifiedCache | None = None
 
+    def remembered(self) -> VerifiedCache:
+        """What was verified: of these nodes, or a new one for a node of its own."""
+        return (
+            VerifiedCache(self.quota.records_remembered) if self.verified is None else self.verified
+        )
+
 
 class Pool:
     """The connections of one node. `handlers` answer calls by method, and may be added to.
@@ -95,9 +101,7 @@ class Pool:
         self.observers: list[Callable[[PoolEvent], None]] = []
         self._own, self._params, self._rng = transport.peer_id, params, rng
         self._quota = Quota(params.quota)
-        self.verified = params.verified
-        if self.verified is None:
-            self.verified = VerifiedCache(params.quota.records_remembered)
+        self.verified = params.remembered()
         greeter = Greeter(network, greeting, params.quota, self.verified)
         self._door = Door(transport, greeter, self._quota, self.handlers)
         self._peers: OrderedDict[PeerId, Links] = OrderedDict()
