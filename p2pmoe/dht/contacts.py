@@ -3,7 +3,7 @@
 A record may come from anybody, since it is signed; knowing one proves nothing about the peer.
 Only a peer that was dialled counts as there (`dialled`), and only such a peer enters the table.
 One that did not answer is avoided for a while, longer each time until it is reached again. One
-that the membership suspects is asked last.
+that the membership suspects, or whose connection broke, is asked last.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ class _Known:
     host: str = ""  # the number at which it was reached, whatever its addresses say
     stranger: bool = True  # it came by itself, and nobody whom we trust has named it
     suspected: bool = False
+    lost: bool = False  # its connection broke
     failures: int = 0  # in a row
     avoided_until: float = -math.inf
 
     def is_back(self) -> None:
         """It was reached, or is known to live."""
-        self.suspected, self.failures, self.avoided_until = False, 0, -math.inf
-        self.met = True
+        self.suspected, self.lost, self.met = False, False, True
+        self.failures, self.avoided_until = 0, -math.inf
 
 
 class Contacts:
@@ -74,6 +75,7 @@ class Contacts:
             if old is not None and old.contact == known.contact:
                 known.dialled, known.met, known.host = old.dialled, old.met, old.host
                 known.stranger, known.suspected = old.stranger, old.suspected
+                known.lost = old.lost
                 known.failures, known.avoided_until = old.failures, old.avoided_until
         else:
             known = old
@@ -158,9 +160,20 @@ class Contacts:
             known.suspected = True
 
     def suspected(self, peer: PeerId) -> bool:
-        """Whether others should be asked first."""
+        """Whether the membership suspects this peer."""
         known = self._known.get(peer)
         return known is not None and known.suspected
+
+    def connection(self, peer: PeerId, *, broke: bool) -> None:
+        """A connection to this peer broke, or is there."""
+        known = self._known.get(peer)
+        if known is not None:
+            known.lost = broke
+
+    def doubtful(self, peer: PeerId) -> bool:
+        """Whether others should be asked first: it is suspected, or its connection broke."""
+        known = self._known.get(peer)
+        return known is not None and (known.suspected or known.lost)
 
     def strays(self, connected: Callable[[PeerId], bool], now: float) -> list[PeerId]:
         """Those that are connected and do not count as there, and may be: they were late once."""

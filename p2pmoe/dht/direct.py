@@ -1,8 +1,9 @@
 """Reads without a search: whoever knows most peers there are asks those closest to a key at once.
 
 They cannot be hidden from it, as on a path, and whom it does not know they name. A read asks no
-more of the r closest than its rule needs as long as these agree. Where somebody is slow, or too few
-are left, it takes a search. Never in hostile mode.
+more of the r closest than its rule needs as long as these agree. Who may be dead is left out: of a
+third that was killed, each would cost a dial. Where somebody is slow, or too few are left, it takes
+a search. Never in hostile mode.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class Direct:
         now = trio.current_time()
         return self.place.usable(peer) and not self._contacts.avoided(peer, now)
 
+    def sure(self, peer: PeerId) -> bool:
+        """The same, and nothing speaks against it: its connection broke, or it is suspected."""
+        return self.usable(peer) and not self._contacts.doubtful(peer)
+
     def closest_known(self, key: bytes, *, careful: bool) -> list[PeerId]:
         """The k closest to a key, where this peer knows so many that no search is needed; or none.
 
@@ -78,7 +83,9 @@ class Direct:
             return []
         near = int.from_bytes(key, "big")
         met.sort(key=lambda peer: peer.number ^ near)
-        closest = list(islice(filter(self.usable, met), self._k))
+        closest = list(islice(filter(self.sure, met), self._k))
+        if len(closest) < MOST_HOLDERS and any(map(self._contacts.doubtful, met)):
+            return []
         return [] if self._size.is_crowded(key, closest, now) else closest
 
     def read(
@@ -174,7 +181,7 @@ class _Read:
                 self._failed.add(peer)
             else:
                 self._heard[peer] = answer.value
-                self._known.update(filter(self._direct.usable, answer.value.closer))
+                self._known.update(filter(self._direct.sure, answer.value.closer))
         self._known -= self._failed
         self.go_on()
 

@@ -174,6 +174,7 @@ class Neighbours:
         match event:
             case PeerConnected():
                 self._learn(event.record)
+                self._parts.contacts.connection(event.peer, broke=False)
                 if event.outbound:
                     self._reached(event.peer, event.host)
                 elif self._parts.contacts.contact(event.peer) is not None:
@@ -182,6 +183,7 @@ class Neighbours:
             case PeerLost(error=None):
                 self._parts.changed(event.peer, Sign.QUIET)
             case PeerLost():
+                self._parts.contacts.connection(event.peer, broke=True)
                 if event.peer in self._parts.contacts.table:
                     self._later(partial(self._look_for, event.peer))
                 self._parts.changed(event.peer, Sign.GONE)

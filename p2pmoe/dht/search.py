@@ -207,7 +207,7 @@ class Searches:
     async def _look_up(
         self, search: _Search, seeds: Iterable[PeerId], params: LookupParams
     ) -> Lookup:
-        lookup = Lookup(search.target, self._place.own, seeds, params, self._contacts.suspected)
+        lookup = Lookup(search.target, self._place.own, seeds, params, self._contacts.doubtful)
         with trio.move_on_after(SEARCH_LIMIT):
             await self._run(lookup, search, params)
         return lookup

@@ -158,6 +158,20 @@ def test_a_member_that_is_alive_again_is_worth_a_question() -> None:
     assert len(one) == 1
 
 
+def test_a_peer_whose_connection_broke_is_doubtful_until_there_is_one_again() -> None:
+    one = contacts()
+    one.alive(card(ANN, "10.0.0.1:1"))
+    assert not one.doubtful(ANN.peer_id)
+    one.connection(ANN.peer_id, broke=True)
+    one.learn(card(ANN, "10.0.0.1:1", incarnation=2))
+    assert one.doubtful(ANN.peer_id)
+    assert not one.suspected(ANN.peer_id)
+    one.connection(ANN.peer_id, broke=False)
+    assert not one.doubtful(ANN.peer_id)
+    one.suspect(ANN.peer_id)
+    assert one.doubtful(ANN.peer_id)
+
+
 def test_suspicion_and_failures_outlast_a_record_with_the_same_addresses_only() -> None:
     one = contacts()
     one.learn(card(ANN, "10.0.0.1:1"))
@@ -176,8 +190,10 @@ def test_questions_about_strangers_leave_no_trace() -> None:
     one = contacts()
     for keys in PEOPLE:
         one.suspect(keys.peer_id)
+        one.connection(keys.peer_id, broke=True)
         one.failed(keys.peer_id, 0.0)
         assert not one.suspected(keys.peer_id)
+        assert not one.doubtful(keys.peer_id)
         assert not one.avoided(keys.peer_id, 0.0)
         assert one.contact(keys.peer_id) is None
     assert len(one) == 0

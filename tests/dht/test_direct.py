@@ -106,6 +106,41 @@ async def test_who_knows_fewer_than_half_of_all_searches(autojump_clock: object)
             assert peers[0].dht._searches.direct.closest_known(LEASE_KEY, careful=careful) == []
 
 
+async def test_who_may_be_dead_is_not_asked_and_with_too_few_others_it_takes_a_search(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        direct = peers[0].dht._searches.direct
+        nearest = direct.closest_known(LEASE_KEY, careful=False)
+        peers[0].dht._contacts.connection(nearest[0], broke=True)
+        peers[0].dht.member_suspected(nearest[1])
+        left = direct.closest_known(LEASE_KEY, careful=False)
+        assert left[:-1] == nearest[2:]
+        for peer in left[:3]:
+            peers[0].dht.member_suspected(peer)
+        assert direct.closest_known(LEASE_KEY, careful=False) == []
+
+
+async def test_a_dead_holder_whose_connection_broke_costs_a_read_no_dial(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        maker, reader = peers[0], peers[1]
+        made = manifest(maker.keys)
+        await maker.dht.put_manifest(made)
+        nearest = reader.dht._searches.direct.closest_known(made.body.key, careful=False)
+        dead = next(peer for peer in peers[2:] if peer.id == nearest[0])
+        await here.kill(dead)
+        assert reader.dht._contacts.doubtful(dead.id)
+        asked = questions(reader)
+        began = trio.current_time()
+        assert await reader.dht.get_manifest(made.body.name) == made
+        assert asked.count("dht.get") <= 3
+        assert trio.current_time() - began < SLOW
+
+
 async def test_in_hostile_mode_nothing_is_read_or_written_directly(autojump_clock: object) -> None:
     async with town() as here:
         peers = await settled(here)
