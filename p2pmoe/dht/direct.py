@@ -27,7 +27,7 @@ from p2pmoe.wire.envelope import Kind
 KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a guess
 MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
 MOST_ASKED = 32  # peers that are asked or written to: who is named may name others; a guess
-SLOW = 0.25  # seconds; a read then takes a search, which asks more; a guess
+SLOW = 0.5  # seconds; a read then takes a search, which asks more; a guess
 SLOW_MOST = 1.0  # seconds; the same where all are slow, as on an overloaded machine; a guess
 SLOW_FACTOR = 4.0  # times as long as answers take of late; a guess
 LATE_WEIGHT = 1 / 8  # of the latest, in how long they take; as TCP's smoothed round trip (RFC 6298)
