@@ -78,6 +78,7 @@ class Direct:
         What is `careful`, as leases are, wants the number of all peers from several lookups.
         """
         now, met = trio.current_time(), self._contacts.met()
+        self._size.least = len(met)
         peers = self._size.estimate(now) if careful else self._size.about(now)
         if peers is None or len(met) < KNOWS_ENOUGH * peers or len(met) > MOST_SCANNED:
             return []

@@ -37,10 +37,12 @@ class NetworkSize:
     """The number of peers, from what lookups found. It keeps the latest measures only.
 
     A place measured again tells nothing new: a few leases that are renewed would outvote the rest.
+    Whoever has met more peers than lookups tell of knows that there are so many at `least`.
     """
 
     def __init__(self, k: int) -> None:
         self._k = k
+        self.least = 0
         self._measures: dict[bytes, _Measure] = {}  # by place, the latest last
 
     def found(self, target: bytes, closest: Sequence[PeerId], now: float) -> None:
@@ -56,7 +58,7 @@ class NetworkSize:
         """About how many peers there are; None as long as too few lookups have told."""
         measures = self._measures.values()
         fresh = [each.peers for each in measures if each.at + MEASURE_AGE > now]
-        return statistics.median(fresh) if len(fresh) >= LEAST_MEASURES else None
+        return max(statistics.median(fresh), self.least) if len(fresh) >= LEAST_MEASURES else None
 
     def about(self, now: float) -> float:
         """As `estimate`, from as few lookups as there were; 0 when none has found k."""

@@ -35,6 +35,15 @@ def test_there_is_no_estimate_from_few_or_old_lookups_or_ones_that_found_few() -
     assert measured(peers[:7]).estimate(0.0) is None
 
 
+def test_there_are_no_fewer_peers_than_were_met() -> None:
+    size = measured(swarm(100))
+    lookups = size.estimate(0.0)
+    size.least = 50
+    assert size.estimate(0.0) == lookups
+    size.least = 150
+    assert size.estimate(0.0) == 150
+
+
 def test_one_false_answer_moves_the_estimate_little() -> None:
     size = measured(swarm(1000))
     before = size.estimate(0.0)
