@@ -40,6 +40,7 @@ class Place:
     own: PeerId
     holds: Callable[[], bool]
     usable: Callable[[PeerId], bool]
+    connected: Callable[[PeerId], bool]
 
     @property
     def holder(self) -> PeerId | None:
@@ -155,6 +156,7 @@ class _Read:
             odd = few or more or direct.is_crowded(key, self._known)
             self.promise.keep(None if odd else Searched(closest, heard))
             return
+        fresh.sort(key=direct.place.connected, reverse=True)  # they need no dial, and are there
         having = sum(bool(answer.records) for answer in answers)
         try:
             self._ask(fresh[: max(1, needed(self._enough, len(closest)) - having)])

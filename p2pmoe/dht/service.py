@@ -95,7 +95,7 @@ class DhtService:
         self.observers: list[Callable[[PeerId, Sign], None]] = []  # told between awaits
         self.on_transfer: OnTransfer = lambda _grid, _uid, _owner: False  # a server says otherwise
         self._own_record, self._incarnation = own_record, 0
-        place = Place(self.own, lambda: own_record() is not None, pool.usable)
+        place = Place(self.own, lambda: own_record() is not None, pool.usable, pool.connected)
         self._jobs = Jobs()
         self._contacts = contacts = Contacts(self.own, params.contacts, now)
         self._store = RecordStore(params.records, started_at=now, amnesia=params.amnesia)

@@ -141,6 +141,27 @@ async def test_a_dead_holder_whose_connection_broke_costs_a_read_no_dial(
         assert trio.current_time() - began < SLOW
 
 
+async def test_of_the_closest_those_that_are_connected_are_asked_first(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here)
+        maker, reader = peers[0], peers[1]
+        made = manifest(maker.keys)
+        await maker.dht.put_manifest(made)
+        closest = [peer for peer in order(peers, made.body.key) if peer is not reader]
+        dead = closest[0]
+        for each in list(reader.pool._connections(dead.id)):
+            each.retire()  # in order, which says nothing about the peer
+        await trio.sleep(1)
+        await here.kill(dead)
+        assert not reader.pool.connected(dead.id)
+        assert not reader.dht._contacts.doubtful(dead.id)
+        asked = questions(reader)
+        assert await reader.dht.get_manifest(made.body.name) == made
+        assert asked.count("dht.get") <= 3
+
+
 async def test_in_hostile_mode_nothing_is_read_or_written_directly(autojump_clock: object) -> None:
     async with town() as here:
         peers = await settled(here)
