@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -197,9 +197,12 @@ async def _begun(count: int) -> AsyncIterator[list[Peer]]:
         assert process.stdout is not None
         await anext(lines(process.stdout))
         await process.stdin.send_all(b"\n")
-        ours = (trio.socket.from_stdlib_socket(ours) for ours, _ in pairs)
-        yield [Peer(trio.SocketStream(each)) for each in ours]
+        streams = (trio.socket.from_stdlib_socket(ours) for ours, _ in pairs)
+        yield [Peer(trio.SocketStream(each)) for each in streams]
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself, as where it cannot be loaded
+            os.killpg(process.pid, signal.SIGKILL)
+        for ours, _ in pairs:
+            ours.close()
         with trio.CancelScope(shield=True):
             await process.wait()

@@ -1,8 +1,8 @@
 """The peers of `p2pmoe bench dht`, a process each: `python -m p2pmoe.bench.dht_peer FD...`.
 
 The process loads what a node needs, writes a line, and at the line that it reads begins a copy of
-itself for each socket that it was given; it ends when they have. So do the peers
-of the other system begin: as copies of one process that has loaded its modules.
+itself for each socket that it was given; it ends when they have. So do the peers of the other
+system begin: as copies of one process that has loaded its modules.
 
 The first order on a socket is `{"join": addresses}`; when the peer has joined it says where and
 what it is: `{"address", "pid"}`. An order is a JSON object a line: `{"id", "store": name, "value":

@@ -44,9 +44,7 @@ from p2pmoe.wire.peer_record import PeerRecord, contact_of, seal_record
 
 AT_ONCE = 256  # messages between two looks at the clock
 INBOX = 1024  # messages that wait for the loop; memberlist's queue a priority
-BARE = (
-    128  # bytes of a message that are too few for an envelope: its key and signature alone have 96
-)
+BARE = 128  # bytes of a message, too few for an envelope, whose key and signature have 96
 SLOW = 0.1  # seconds that the loop may be late; a guess, above what a busy training thread does
 # to it (26 ms at the 99th percentile)
 CATCH_UP = 0.25  # seconds that others may read after a stall, at most; a guess

@@ -106,6 +106,13 @@ async def test_who_knows_fewer_than_half_of_all_searches(autojump_clock: object)
             assert peers[0].dht._searches.direct.closest_known(LEASE_KEY, careful=careful) == []
 
 
+async def stored(peers: Sequence[Peer]) -> Signed[Any]:
+    """A manifest that the first of these has put."""
+    made = manifest(peers[0].keys)
+    await peers[0].dht.put_manifest(made)
+    return made
+
+
 async def test_who_may_be_dead_is_not_asked_and_with_too_few_others_it_takes_a_search(
     autojump_clock: object,
 ) -> None:
@@ -127,9 +134,7 @@ async def test_a_dead_holder_whose_connection_broke_costs_a_read_no_dial(
 ) -> None:
     async with town() as here:
         peers = await settled(here)
-        maker, reader = peers[0], peers[1]
-        made = manifest(maker.keys)
-        await maker.dht.put_manifest(made)
+        made, reader = await stored(peers), peers[1]
         nearest = reader.dht._searches.direct.closest_known(made.body.key, careful=False)
         dead = next(peer for peer in peers[2:] if peer.id == nearest[0])
         await here.kill(dead)
@@ -146,9 +151,7 @@ async def test_of_the_closest_those_that_are_connected_are_asked_first(
 ) -> None:
     async with town() as here:
         peers = await settled(here)
-        maker, reader = peers[0], peers[1]
-        made = manifest(maker.keys)
-        await maker.dht.put_manifest(made)
+        made, reader = await stored(peers), peers[1]
         closest = [peer for peer in order(peers, made.body.key) if peer is not reader]
         dead = closest[0]
         for each in list(reader.pool._connections(dead.id)):
