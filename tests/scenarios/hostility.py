@@ -11,11 +11,10 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import cycle
 from operator import gt
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ BASELINE = (
 CALLS = 1 + BASELINE.index('p2pmoe_calls_in_flight{side="server"}')  # behind the descriptors
 WATCH_AND_QUESTION = 2  # calls of an honest peer that does nothing: its watch, and what it asks
 
-MEMBERS = cycle([KeyPair.generate() for _ in range(60)])
+MEMBERS = deque(KeyPair.generate() for _ in range(60))  # whom nobody attacks as, longest idle first
 
 
 def resident_mb(pid: int) -> float:
@@ -294,7 +293,12 @@ class War:
                 except OSError:  # it cannot even connect
                     await trio.sleep(LOOK)
                     continue
-                self.outcomes.append(await HostilePeer(stream, next(MEMBERS)).perform(script))
+                # One key each: two with one key share its quota, and who was refused may stay.
+                member = MEMBERS.popleft() if MEMBERS else KeyPair.generate()
+                try:
+                    self.outcomes.append(await HostilePeer(stream, member).perform(script))
+                finally:
+                    MEMBERS.append(member)
                 self.to_come -= first
                 first = False
 
