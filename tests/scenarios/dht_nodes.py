@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import gc
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from weakref import WeakSet
 
 import trio
 
 from p2pmoe.dht.messages import Manifest
+from p2pmoe.errors import P2PMoEError
+from p2pmoe.identity import KeyPair, PeerId
+from p2pmoe.net.secure import SecureStream
+from p2pmoe.net.tcp import TcpTransport
+from p2pmoe.net.tls import Credentials
+from p2pmoe.net.transport import Accepted, Channel
 from p2pmoe.node import Node, NodeConfig, open_node
+from p2pmoe.wire.address import Address
 from p2pmoe.wire.envelope import Signed
 from tests.dht.swarm_of_ids import GRID, dice
 from tests.scenarios.dht_peer import LOOPBACK, PATIENT, SLOWLY, claim, hold
@@ -26,6 +35,50 @@ CALM_LOOKS = 20  # in a row, that long each
 READY_LIMIT = 600.0  # seconds until all are there; a quiet machine needs a tenth
 
 
+class Mortal(TcpTransport):
+    """A transport whose sockets can end as those of a process that SIGKILL ends: without a word."""
+
+    def __init__(self, keys: KeyPair, config: NodeConfig) -> None:
+        credentials = Credentials.for_open_network(keys, config.network)
+        super().__init__(keys, credentials, config.pool.quota)
+        self._streams: WeakSet[trio.SocketStream] = WeakSet()
+
+    async def dial(self, address: Address, expect: PeerId | None) -> Channel:
+        return self._noted(await super().dial(address, expect))
+
+    async def serve(
+        self,
+        address: Address,
+        accepted: Accepted,
+        *,
+        task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        async def noted(channel: Channel) -> P2PMoEError | None:
+            return await accepted(self._noted(channel))
+
+        await super().serve(address, noted, task_status=task_status)
+
+    def die(self) -> None:
+        for stream in self._streams:
+            with suppress(OSError):  # the other side was faster
+                stream.socket.shutdown(socket.SHUT_RDWR)
+
+    def _noted(self, channel: Channel) -> Channel:
+        assert isinstance(channel.stream, SecureStream)
+        assert isinstance(channel.stream.transport_stream, trio.SocketStream)
+        self._streams.add(channel.stream.transport_stream)
+        return channel
+
+
+@dataclass
+class Life:
+    """What it takes to end a node."""
+
+    wire: Mortal
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    over: trio.Event = field(default_factory=trio.Event)
+
+
 @dataclass
 class Here:
     """The nodes of this process, each in a scope of its own."""
@@ -33,34 +86,33 @@ class Here:
     tasks: trio.Nursery
     nodes: list[Node] = field(default_factory=list)
     uids: dict[str, str] = field(default_factory=dict)  # of the lease that a node has, by its id
-    ends: dict[str, trio.CancelScope] = field(default_factory=dict)
-    ended: dict[str, trio.Event] = field(default_factory=dict)
+    lives: dict[str, Life] = field(default_factory=dict)  # by id, too
 
     async def open(self, number: int) -> None:
         await self.tasks.start(self._live, f"ffn.{number}.0")
 
     async def _live(self, uid: str, *, task_status: trio.TaskStatus[None]) -> None:
         peers = (self.nodes[0].address,) if self.nodes else ()
+        keys = KeyPair.generate()
         config = NodeConfig(
+            keys=keys,
             peers=tuple(filter(None, peers)),
             listen=LOOPBACK,
             new_swarm=not peers,
-            stop_within=0.0,  # its end is as sudden as a kill
+            stop_within=0.0,
             join_within=60.0,
             pool=PATIENT,
             membership=SLOWLY,
         )
-        ended = trio.Event()
-        with trio.CancelScope() as scope:
-            async with open_node(config) as node:
+        life = self.lives[keys.peer_id.hex] = Life(Mortal(keys, config))
+        with life.scope:
+            async with open_node(config, transport=life.wire) as node:
                 self.nodes.append(node)
-                me = node.id.hex
-                self.ends[me], self.ended[me] = scope, ended
                 await claim(node, uid)
-                self.uids[me] = uid
+                self.uids[node.id.hex] = uid
                 task_status.started()
                 await hold(node, uid)
-        ended.set()
+        life.over.set()
 
     async def open_many(self, count: int) -> None:
         """Each when those before have come to rest.
@@ -76,12 +128,14 @@ class Here:
     async def kill(self, nodes: list[Node]) -> None:
         """End these at once; returns when what that takes of this thread is done."""
         gc.freeze()  # as when one is opened: what lives now is not looked through any more
-        for node in nodes:
+        lives = [self.lives.pop(node.id.hex) for node in nodes]
+        for node, life in zip(nodes, lives, strict=True):
             self.nodes.remove(node)
             del self.uids[node.id.hex]
-            self.ends.pop(node.id.hex).cancel()
-        for node in nodes:
-            await self.ended.pop(node.id.hex).wait()
+            life.wire.die()
+            life.scope.cancel()
+        for life in lives:
+            await life.over.wait()
 
 
 @contextmanager
