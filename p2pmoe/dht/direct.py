@@ -2,14 +2,15 @@
 
 They cannot be hidden from it, as on a path, and whom it does not know they name. A read asks no
 more of the r closest than its rule needs as long as these agree. Who may be dead is left out: of a
-third that was killed, each would cost a dial. Where somebody is slow, or too few are left, it takes
-a search. Never in hostile mode.
+third that was killed, each would cost a dial. For one that fails or is slow, the next is asked.
+Where all are slow, or too few are left, it takes a search. Never in hostile mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import trio
@@ -27,7 +28,7 @@ from p2pmoe.wire.envelope import Kind
 KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a guess
 MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
 MOST_ASKED = 32  # peers that are asked or written to: who is named may name others; a guess
-SLOW = 0.5  # seconds; a read then takes a search, which asks more; a guess
+SLOW = 0.5  # seconds; a read then asks others; a guess
 SLOW_MOST = 1.0  # seconds; the same where all are slow, as on an overloaded machine; a guess
 SLOW_FACTOR = 4.0  # times as long as answers take of late; a guess
 LATE_WEIGHT = 1 / 8  # of the latest, in how long they take; as TCP's smoothed round trip (RFC 6298)
@@ -101,7 +102,7 @@ class Direct:
     ) -> Promise[Searched | None]:
         """What the closest say, of whom no more are asked than `enough` needs while they agree.
 
-        None where it takes a search: this peer knows too few, one is slow or has more than one
+        None where it takes a search: this peer knows too few, all are slow, one has more than one
         answer, or ids crowd around the key.
         """
         began = self.closest_known(key, careful=careful)
@@ -137,9 +138,8 @@ class _Read:
         self.promise: Promise[Searched | None] = Promise()
         self._direct, self._question, self._enough = direct, question, enough
         self._known, self._heard, self._failed = set(began), dict(own), set[PeerId]()
-        self._coming: dict[PeerId, Promise[Answer]] = {}
-        self._missing = 0  # of these
-        self._asked_at = 0.0
+        self._coming: set[PeerId] = set()  # whose answers it waits for
+        self._asked, self._asked_at = 0, 0.0  # how many it waited for at first, and since when
 
     def go_on(self) -> None:
         """End, or ask as many as it may take."""
@@ -167,31 +167,40 @@ class _Read:
     def _ask(self, peers: Sequence[PeerId]) -> None:
         direct, self._asked_at = self._direct, trio.current_time()
         direct.jobs.watch(self, self._asked_at + direct.patience())
-        self._missing = len(peers)
-        self._coming = {peer: direct.asks.begin_get(peer, self._question) for peer in peers}
-        for answer in self._coming.values():
-            answer.then(self._came)
+        self._coming, self._asked = set(peers), len(peers)
+        answers = [direct.asks.begin_get(peer, self._question) for peer in peers]
+        for peer, answer in zip(peers, answers, strict=True):
+            answer.then(partial(self._came, peer, answer))
 
-    def _came(self) -> None:
-        """One of them has answered, or failed."""
-        self._missing -= 1
-        if self._missing or self.promise.over:
+    def _came(self, peer: PeerId, answer: Promise[Answer]) -> None:
+        """One that was asked has answered, perhaps late, or failed."""
+        if self.promise.over:
             return
-        self._direct.jobs.forget(self)
-        self._direct.took(trio.current_time() - self._asked_at)
-        for peer, answer in self._coming.items():
-            if answer.value is None:
-                self._failed.add(peer)
-            else:
-                self._heard[peer] = answer.value
-                self._known.update(filter(self._direct.sure, answer.value.closer))
+        if answer.value is None:
+            self._failed.add(peer)
+        else:
+            self._failed.discard(peer)
+            self._heard[peer] = answer.value
+            self._known.add(peer)
+            self._known.update(filter(self._direct.sure, answer.value.closer))
         self._known -= self._failed
-        self.go_on()
+        if peer in self._coming:
+            self._coming.remove(peer)
+            if not self._coming:
+                self._direct.jobs.forget(self)
+                self._direct.took(trio.current_time() - self._asked_at)
+                self.go_on()
 
     def late(self) -> None:
-        """One of them is slow."""
+        """Somebody is slow: others are asked instead, if anybody is not."""
         self._direct.took(trio.current_time() - self._asked_at)
-        self.promise.keep(None)
+        slow, self._coming = self._coming, set()
+        if len(slow) == self._asked:
+            self.promise.keep(None)
+        else:
+            self._failed |= slow
+            self._known -= slow
+            self.go_on()
 
     def abandon(self) -> None:
         """The node ends."""

@@ -24,11 +24,11 @@ from p2pmoe.dht.messages import (
 from p2pmoe.dht.region import LEAST_MEASURES, MOST_MEASURES, _Measure
 from p2pmoe.errors import NodeClosed, PeerBusy
 from p2pmoe.identity import PeerId
-from p2pmoe.net.incoming import Handler, IncomingCall
+from p2pmoe.net.incoming import IncomingCall
 from p2pmoe.wire import schema
 from p2pmoe.wire.envelope import Kind, Signed
 from tests.dht.peers import UID, Peer, Town, owner_of, pass_on, swarm, town
-from tests.dht.swarm_of_ids import GRID, lease, manifest, place
+from tests.dht.swarm_of_ids import GRID, dictionary, lease, manifest, place
 from tests.dht.test_writing import holding, questions
 
 LEASE_KEY = key_of(Kind.LEASE, GRID, UID)
@@ -207,7 +207,11 @@ async def test_a_read_asks_as_many_as_must_agree_and_a_read_of_nothing_the_holde
         assert calls == ["dht.get"] * MOST_HOLDERS
 
 
-async def test_the_next_closest_takes_the_place_of_one_that_is_gone_and_of_a_slow_one_a_search(
+async def never(_call: IncomingCall) -> None:
+    await trio.sleep_forever()
+
+
+async def test_the_next_closest_takes_the_place_of_one_that_is_gone_and_of_a_slow_one(
     autojump_clock: object,
 ) -> None:
     async with town() as here:
@@ -217,14 +221,40 @@ async def test_the_next_closest_takes_the_place_of_one_that_is_gone_and_of_a_slo
         await count(reader)
         await here.kill(ranks[0])
         assert await seen(reader) == (owner.id, 1)
-
-        async def never(_call: IncomingCall) -> None:
-            await trio.sleep_forever()
-
         ranks[1].pool.handlers["dht.get"] = never
+        calls = questions(reader)
         began = trio.current_time()
         assert await seen(reader) == (owner.id, 1)
-        assert SLOW <= trio.current_time() - began < 1
+        assert SLOW <= trio.current_time() - began < 1.5 * SLOW
+        assert calls == ["dht.get"] * 4
+
+
+async def test_what_a_slow_one_answers_late_still_counts(autojump_clock: object) -> None:
+    """A dictionary, of which one of the slow ones knows more than all others."""
+    async with town() as here:
+        peers = await settled(here)
+        key = key_of(Kind.PREFIX, GRID, "ffn")
+        ranks = order(peers, key)
+        reader = ranks[8]
+        for peer in ranks[:5]:
+            lie(peer, dictionary(ranks[7].keys, 3))
+        lie(ranks[0], dictionary(ranks[6].keys, 4))
+        delay(ranks[0], 1.4 * SLOW)
+        delay(ranks[5], 0.8 * SLOW)
+        calls = questions(reader)
+        view = await reader.dht.get_prefix(GRID, "ffn")
+        assert set(view.coordinates) == {3, 4}
+        assert calls == ["dht.get"] * 6
+
+
+def delay(peer: Peer, seconds: float) -> None:
+    get = peer.pool.handlers["dht.get"]
+
+    async def later(call: IncomingCall) -> None:
+        await trio.sleep(seconds)
+        await pass_on(call, get)
+
+    peer.pool.handlers["dht.get"] = later
 
 
 async def test_where_all_are_slow_a_read_waits_for_them_and_asks_no_more(
@@ -236,13 +266,7 @@ async def test_where_all_are_slow_a_read_waits_for_them_and_asks_no_more(
         reader = ranks[8]
         await count(reader)
         for peer in ranks:
-            get = peer.pool.handlers["dht.get"]
-
-            async def later(call: IncomingCall, get: Handler = get) -> None:
-                await trio.sleep(1.2 * SLOW)
-                await pass_on(call, get)
-
-            peer.pool.handlers["dht.get"] = later
+            delay(peer, 1.2 * SLOW)
         calls = questions(reader)
         asked = []
         for _ in range(6):
@@ -280,7 +304,7 @@ async def test_readers_of_one_key_share_a_read_whichever_of_them_goes_away(
             assert calls == ["dht.get"] * 3
 
 
-async def test_a_read_whose_reader_goes_away_goes_on_by_a_search_where_somebody_is_slow(
+async def test_a_read_whose_reader_goes_away_goes_on_by_a_search_where_all_are_slow(
     autojump_clock: object,
 ) -> None:
     async with town() as here:
@@ -288,16 +312,13 @@ async def test_a_read_whose_reader_goes_away_goes_on_by_a_search_where_somebody_
         await ranks[7].dht.claim(GRID, UID)
         reader = ranks[8]
         await count(reader)
-
-        async def never(_call: IncomingCall) -> None:
-            await trio.sleep_forever()
-
-        ranks[1].pool.handlers["dht.get"] = never
+        for peer in ranks[:3]:
+            peer.pool.handlers["dht.get"] = never
         calls = questions(reader)
         with trio.move_on_after(SLOW / 2):
             await seen(reader)
         assert len(calls) == 3
-        await trio.sleep(SLOW)
+        await trio.sleep(4 * SLOW)
         assert len(calls) > 3
         assert reader.dht._searches._flights._flying == {}
 
