@@ -140,21 +140,18 @@ class _Read:
         self._known, self._heard, self._failed = set(began), dict(own), set[PeerId]()
         self._coming: set[PeerId] = set()  # whose answers it waits for
         self._asked, self._asked_at = 0, 0.0  # how many it waited for at first, and since when
+        self._waited = False  # for all of them, once more
 
     def go_on(self) -> None:
         """End, or ask as many as it may take."""
-        direct, key, heard = self._direct, self._question.key, self._heard
+        direct, heard = self._direct, self._heard
         if not self._known or len(heard) + len(self._failed) >= MOST_ASKED:
             self.promise.keep(None)
             return
-        closest = holders(key, self._known, direct.place.holder)
-        answers = [heard[peer] for peer in closest if peer in heard]
+        closest, answers = self._have()
         fresh = [peer for peer in closest if peer not in heard]
         if self._enough(answers, len(closest)) or not fresh:
-            few = self._failed and len(closest) < MOST_HOLDERS
-            more = any(answer.more for answer in answers)
-            odd = few or more or direct.is_crowded(key, self._known)
-            self.promise.keep(None if odd else Searched(closest, heard))
+            self._end(closest, answers)
             return
         fresh.sort(key=direct.place.connected, reverse=True)  # they need no dial, and are there
         having = sum(bool(answer.records) for answer in answers)
@@ -163,6 +160,17 @@ class _Read:
         except P2PMoEError as error:  # this peer has too much to do, or ends
             direct.jobs.forget(self)
             self.promise.fail(error)
+
+    def _have(self) -> tuple[list[PeerId], list[Answer]]:
+        """The r closest that are known and not slow, and what they have answered."""
+        closest = holders(self._question.key, self._known, self._direct.place.holder)
+        return closest, [self._heard[peer] for peer in closest if peer in self._heard]
+
+    def _end(self, closest: list[PeerId], answers: Sequence[Answer]) -> None:
+        few = self._failed and len(closest) < MOST_HOLDERS
+        more = any(answer.more for answer in answers)
+        odd = few or more or self._direct.is_crowded(self._question.key, self._known)
+        self.promise.keep(None if odd else Searched(closest, self._heard))
 
     def _ask(self, peers: Sequence[PeerId]) -> None:
         direct, self._asked_at = self._direct, trio.current_time()
@@ -184,23 +192,36 @@ class _Read:
             self._known.add(peer)
             self._known.update(filter(self._direct.sure, answer.value.closer))
         self._known -= self._failed
-        if peer in self._coming:
-            self._coming.remove(peer)
-            if not self._coming:
-                self._direct.jobs.forget(self)
-                self._direct.took(trio.current_time() - self._asked_at)
-                self.go_on()
+        if peer not in self._coming:
+            self._came_late()
+            return
+        self._coming.remove(peer)
+        if not self._coming:
+            self._direct.jobs.forget(self)
+            self._direct.took(trio.current_time() - self._asked_at)
+            self.go_on()
+
+    def _came_late(self) -> None:
+        """Others were asked instead: they need not be waited for if this is enough."""
+        closest, answers = self._have()
+        if self._enough(answers, len(closest)):
+            self._direct.jobs.forget(self)
+            self._end(closest, answers)
 
     def late(self) -> None:
-        """Somebody is slow: others are asked instead, if anybody is not."""
-        self._direct.took(trio.current_time() - self._asked_at)
-        slow, self._coming = self._coming, set()
-        if len(slow) == self._asked:
-            self.promise.keep(None)
-        else:
+        """Somebody is slow: others are asked instead. Where all are, they get as long once more."""
+        direct, now = self._direct, trio.current_time()
+        direct.took(now - self._asked_at)
+        if len(self._coming) < self._asked:
+            slow, self._coming = self._coming, set()
             self._failed |= slow
             self._known -= slow
             self.go_on()
+        elif self._waited:
+            self.promise.keep(None)
+        else:
+            self._waited = True
+            direct.jobs.watch(self, now + direct.patience())
 
     def abandon(self) -> None:
         """The node ends."""

@@ -19,7 +19,7 @@ from tests.scenarios.dht_peer import claim
 
 @pytest.mark.parametrize(
     ("count", "apart", "at_once", "later"),
-    [(4, 2, math.inf, math.inf), pytest.param(64, 16, 5.0, 1.0, marks=pytest.mark.soak)],
+    [(4, 2, math.inf, math.inf), pytest.param(64, 16, 1.0, 1.0, marks=pytest.mark.soak)],
 )
 async def test_with_a_third_of_the_swarm_killed_every_get_succeeds(
     count: int, apart: int, at_once: float, later: float
