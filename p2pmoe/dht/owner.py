@@ -3,16 +3,19 @@
 A claim is put at the r peers closest to its key; granted by a quorum it is held, and is renewed
 from then on. What a minority granted is withdrawn. Of claimants that split the votes the one that
 comes first (`claim_rank`) tries again and the others give way. Dictionaries of all that is
-held are announced with every round of renewals. Who hands a lease over ends it first, then offers
-it to the other peer, which claims it with what was signed; nobody is asked what an offer is worth,
-because only the holders of the lease can say.
+held are announced with every round of renewals. What has lost nearly all of its holders is put
+again at once; a lease that they have taken with them, while others remember its number, is claimed
+anew. Who hands a lease over ends it first, then offers it to the other peer, which claims it with
+what was signed; nobody is asked what an offer is worth, because only the holders of the lease can
+say.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -30,12 +33,14 @@ from p2pmoe.dht.leases import (
     LeaseRefused,
     LeaseView,
     Vote,
+    quorum,
     tally,
 )
 from p2pmoe.dht.messages import Lease, PrefixRecord, Transfer, key_of
 from p2pmoe.dht.reading import never
+from p2pmoe.dht.replicas import Replicas
 from p2pmoe.dht.search import Searches
-from p2pmoe.dht.writing import PutHere, Writer
+from p2pmoe.dht.writing import PutHere, Votes, Writer
 from p2pmoe.errors import LeaseLost, LocalProtocolError, P2PMoEError, QuorumNotReached
 from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind, Signed
@@ -72,6 +77,8 @@ class Owner:
         self._handing: dict[LeaseName, int] = {}  # leases ended here, and not yet taken
         self._announced: set[LeaseName] = set()
         self._announce_at = math.inf
+        self._replicas = Replicas()
+        self._again: list[Signed[Any]] = []  # to be put once more
         self._changed = trio.Event()
 
     # ---------------------------------------------------------------------------------- claiming
@@ -79,17 +86,22 @@ class Owner:
         """Take a lease, or return the one that is held. Raises as `DhtService.claim`."""
         if self._parts.place.holder is None:
             raise LocalProtocolError("a peer that cannot be dialled cannot serve experts")
-        # One at a time: the withdrawal of a defeat must not follow the lease of a victory.
+        async with self._alone(name):
+            if self.book.number(name, trio.current_time()) is None:
+                await self._win(name, above)
+        return self.book.view(name, self._parts.place.own)
+
+    @asynccontextmanager
+    async def _alone(self, name: LeaseName) -> AsyncIterator[None]:
+        """One at a time: the withdrawal of a defeat must not follow the lease of a victory."""
         while name in self._claiming:
             await self._claiming[name].wait()
         self._claiming[name] = ended = trio.Event()
         try:
-            if self.book.number(name, trio.current_time()) is None:
-                await self._win(name, above)
+            yield
         finally:
             del self._claiming[name]
             ended.set()
-        return self.book.view(name, self._parts.place.own)
 
     async def _win(self, name: LeaseName, above: int) -> None:
         transfer = self._offers.pop(name, None)
@@ -116,7 +128,7 @@ class Owner:
         votes = await self._writer.put_at(found.holders, lease, transfer)
         outcome = claim.count(lease, list(votes.values()), asked)
         if isinstance(outcome, Granted):
-            self.book.granted(name, look.number, asked_at)
+            self._granted(lease, votes, asked_at)
             self._handing.pop(name, None)
             self._announce_soon()
             telemetry.emit("dht.lease.granted", uid=name[1], number=look.number)
@@ -188,9 +200,21 @@ class Owner:
                     self._lost(name, "not renewed in time")
                 for name in self.book.due(now):
                     rounds.start_soon(self._renew, name)
+                for record in self._again:
+                    rounds.start_soon(self.publish, record)
+                self._again.clear()
                 if now >= self._announce_at:
                     self._announce_at = math.inf
                     rounds.start_soon(self._announce)
+
+    def peer_lost(self, peer: PeerId) -> None:
+        """A peer is gone: what it held may have too few holders now."""
+        for record in self._replicas.lost(peer):
+            if record.kind is Kind.LEASE:
+                self.book.hurry((record.body.grid, record.body.uid), trio.current_time())
+            else:
+                self._again.append(record)
+            self._changed.set()
 
     async def _renew(self, name: LeaseName) -> None:
         try:
@@ -209,12 +233,33 @@ class Owner:
         if self.book.number(name, trio.current_time()) != number:  # withdrawn, or too late
             return
         if isinstance(outcome, Granted):
-            self.book.granted(name, number, asked_at)
+            self._granted(lease, votes, asked_at)
         elif outcome.owner is not None:
-            self.book.drop(name)
-            self._lost(name, f"peer {outcome.owner} has it")
+            self._taken(name, outcome.owner)
+        elif _is_forgotten(votes.values(), len(found.holders)):
+            await self._renew_under_another_number(name, outcome.number)
         else:
             self._missed(name)
+
+    async def _renew_under_another_number(self, name: LeaseName, remembered: int) -> None:
+        """Its holders are gone, and others remember that there was a lease: nobody has it now."""
+        try:
+            async with self._alone(name):
+                await self._win(name, remembered)
+        except LeaseRefused as error:
+            self._taken(name, error.owner)
+        except P2PMoEError as error:
+            telemetry.emit("dht.renewal.failed", uid=name[1], error=error)
+            self._missed(name)
+
+    def _granted(self, lease: Signed[Lease], votes: Votes, asked_at: float) -> None:
+        body = lease.body
+        self.book.granted((body.grid, body.uid), body.number, asked_at)
+        self._note(lease, votes)
+
+    def _taken(self, name: LeaseName, owner: PeerId | None) -> None:
+        self.book.drop(name)
+        self._lost(name, f"peer {owner} has it")
 
     def _missed(self, name: LeaseName) -> None:
         self.book.missed(name, trio.current_time())
@@ -249,18 +294,31 @@ class Owner:
     async def publish(self, record: Signed[Any]) -> None:
         """Put a record at whoever is closest now; who cannot be reached is not waited for."""
         try:
-            await self._writer.put(record)
+            _, votes = await self._writer.put(record)
         except P2PMoEError as error:
             telemetry.emit("dht.publish.failed", kind=record.kind, error=error)
+        else:
+            self._note(record, votes)
 
     async def store(
         self, record: Signed[Any]
     ) -> tuple[tuple[PeerId, ...], tuple[PeerId, ...], str]:
         """Put a record at whoever is closest now: who holds it, who does not, and what they say."""
         holders, votes = await self._writer.put(record)
+        self._note(record, votes)
         stored = tuple(holder for holder, vote in votes.items() if vote.outcome == "stored")
         failed = tuple(holder for holder in holders if holder not in stored)
         return stored, failed, ", ".join(sorted({vote.why for vote in votes.values() if vote.why}))
+
+    def _note(self, record: Signed[Any], votes: Votes) -> None:
+        """Remember who holds this; but a snapshot's publisher counts its copies itself."""
+        if record.kind is Kind.SNAPSHOT:
+            return
+        if record.kind is not Kind.MANIFEST and not record.body.ttl_ms:
+            self._replicas.forget(record)
+        else:
+            took = {peer for peer, vote in votes.items() if vote.outcome in ("stored", "stale")}
+            self._replicas.put(record, took)
 
     def _lease(self, name: LeaseName, number: int, ttl: float) -> Signed[Lease]:
         epoch, incarnation = self._parts.version()
@@ -287,6 +345,11 @@ class Owner:
             ttl_ms=int(ttl * 1000),
         )
         return self._parts.seal(body, Kind.PREFIX)
+
+
+def _is_forgotten(votes: Iterable[Vote], asked: int) -> bool:
+    """Whether so many refuse a renewal for its number that it can find no quorum any more."""
+    return sum(vote.why == "number" for vote in votes) > asked - quorum(asked)
 
 
 def _no_quorum(uid: str, outcome: TooFew, asked: int) -> NoReturn:

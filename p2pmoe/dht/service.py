@@ -312,17 +312,11 @@ class DhtService:
 
     def member_failed(self, peer: PeerId) -> None:
         """A member is gone: it is avoided, and its leases are vacant here after a while."""
-        now = trio.current_time()
-        self._contacts.failed(peer, now)
-        self._store.gone(peer, now + VACANT_AFTER)
-        self._changed(peer, Sign.GONE)
+        self._gone(peer, VACANT_AFTER)
 
     def member_left(self, peer: PeerId) -> None:
         """A member said that it leaves: it is avoided, and its leases are vacant here now."""
-        now = trio.current_time()
-        self._contacts.failed(peer, now)
-        self._store.gone(peer, now)
-        self._changed(peer, Sign.GONE)
+        self._gone(peer, 0.0)
 
     async def probe(self, peer: PeerId) -> bool:
         """Ask a peer for a sign of life."""
@@ -374,7 +368,14 @@ class DhtService:
         self._incarnation += 1
         return record.body.epoch, self._incarnation
 
+    def _gone(self, peer: PeerId, vacant_after: float) -> None:
+        self._contacts.failed(peer, now := trio.current_time())
+        self._store.gone(peer, now + vacant_after)
+        self._changed(peer, Sign.GONE)
+
     def _changed(self, peer: PeerId, sign: Sign) -> None:
+        if sign is Sign.GONE:
+            self._owner.peer_lost(peer)
         for observer in self.observers:
             observer(peer, sign)
 
