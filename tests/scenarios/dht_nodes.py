@@ -136,6 +136,7 @@ class Here:
             life.scope.cancel()
         for life in lives:
             await life.over.wait()
+        gc.freeze()
 
 
 @contextmanager
