@@ -1,9 +1,9 @@
 """Reads without a search: whoever knows most peers there are asks those closest to a key at once.
 
 They cannot be hidden from it, as on a path, and whom it does not know they name. A read asks no
-more of the r closest than its rule needs as long as these agree. Who may be dead is left out: of a
-third that was killed, each would cost a dial. For one that fails or is slow, the next is asked.
-Where all are slow, or too few are left, it takes a search. Never in hostile mode.
+more of the r closest than its rule needs, then all others if these do not agree. Who may be dead
+is left out: of a third that was killed, each would cost a dial. For one that fails or is slow, the
+next is asked. Where all are slow, or too few are left, it takes a search. Never in hostile mode.
 """
 
 from __future__ import annotations
@@ -155,8 +155,10 @@ class _Read:
             return
         fresh.sort(key=direct.place.connected, reverse=True)  # they need no dial, and are there
         having = sum(bool(answer.records) for answer in answers)
+        if not self._asked:
+            fresh = fresh[: max(1, needed(self._enough, len(closest)) - having)]
         try:
-            self._ask(fresh[: max(1, needed(self._enough, len(closest)) - having)])
+            self._ask(fresh)
         except P2PMoEError as error:  # this peer has too much to do, or ends
             direct.jobs.forget(self)
             self.promise.fail(error)

@@ -66,6 +66,7 @@ class VerifiedCache:
     def __init__(self, size: int) -> None:
         self._size = size
         self._digests: OrderedDict[bytes, None] = OrderedDict()
+        self.checked = 0  # signatures, so far
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -79,6 +80,7 @@ class VerifiedCache:
 
     def add(self, digest: bytes) -> None:
         """Remember a verified envelope."""
+        self.checked += 1
         self._digests[digest] = None
         if len(self._digests) > self._size:
             self._digests.popitem(last=False)
