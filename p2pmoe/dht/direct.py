@@ -28,8 +28,9 @@ from p2pmoe.wire.envelope import Kind
 KNOWS_ENOUGH = 0.5  # of all peers: those it misses are named by the others; a guess
 MOST_SCANNED = 256  # peers that are known, of all that there may be; a guess
 MOST_ASKED = 32  # peers that are asked or written to: who is named may name others; a guess
-SLOW = 0.5  # seconds; a read then asks others; a guess
+SLOW = 0.25  # seconds; a read then asks others; a guess
 SLOW_MOST = 1.0  # seconds; the same where all are slow, as on an overloaded machine; a guess
+ALL_SLOW = 1.0  # seconds without any answer; a read then takes a search; a guess
 SLOW_FACTOR = 4.0  # times as long as answers take of late; a guess
 LATE_WEIGHT = 1 / 8  # of the latest, in how long they take; as TCP's smoothed round trip (RFC 6298)
 
@@ -140,7 +141,6 @@ class _Read:
         self._known, self._heard, self._failed = set(began), dict(own), set[PeerId]()
         self._coming: set[PeerId] = set()  # whose answers it waits for
         self._asked, self._asked_at = 0, 0.0  # how many it waited for at first, and since when
-        self._waited = False  # for all of them, once more
 
     def go_on(self) -> None:
         """End, or ask as many as it may take."""
@@ -211,7 +211,7 @@ class _Read:
             self._end(closest, answers)
 
     def late(self) -> None:
-        """Somebody is slow: others are asked instead. Where all are, they get as long once more."""
+        """Somebody is slow: others are asked instead. Where all are, they are waited for."""
         direct, now = self._direct, trio.current_time()
         direct.took(now - self._asked_at)
         if len(self._coming) < self._asked:
@@ -219,11 +219,10 @@ class _Read:
             self._failed |= slow
             self._known -= slow
             self.go_on()
-        elif self._waited:
+        elif now - self._asked_at >= ALL_SLOW:
             self.promise.keep(None)
         else:
-            self._waited = True
-            direct.jobs.watch(self, now + direct.patience())
+            direct.jobs.watch(self, min(now + direct.patience(), self._asked_at + ALL_SLOW))
 
     def abandon(self) -> None:
         """The node ends."""

@@ -78,7 +78,7 @@ class Owner:
         self._announced: set[LeaseName] = set()
         self._announce_at = math.inf
         self._replicas = Replicas()
-        self._again: list[Signed[Any]] = []  # to be put once more
+        self._again: dict[bytes, Signed[Any]] = {}  # to be put once more, by key
         self._changed = trio.Event()
 
     # ---------------------------------------------------------------------------------- claiming
@@ -94,14 +94,18 @@ class Owner:
     @asynccontextmanager
     async def _alone(self, name: LeaseName) -> AsyncIterator[None]:
         """One at a time: the withdrawal of a defeat must not follow the lease of a victory."""
-        while name in self._claiming:
-            await self._claiming[name].wait()
+        await self._claimed(name)
         self._claiming[name] = ended = trio.Event()
         try:
             yield
         finally:
             del self._claiming[name]
             ended.set()
+
+    async def _claimed(self, name: LeaseName) -> None:
+        """Wait until no claim of it is under way, which would give back what is given away."""
+        while name in self._claiming:
+            await self._claiming[name].wait()
 
     async def _win(self, name: LeaseName, above: int) -> None:
         transfer = self._offers.pop(name, None)
@@ -145,6 +149,8 @@ class Owner:
     async def withdraw(self, uids: Iterable[str]) -> None:
         """Give leases back and announce what is left; the caller sets a deadline."""
         wanted, own = set(uids), self._parts.place.own
+        for name in [name for name in self._claiming if name[1] in wanted]:
+            await self._claimed(name)
         names = [name for name in self.book.names() if name[1] in wanted]
         numbers = {name: self.book.view(name, own).number for name in names}
         numbers |= {
@@ -159,6 +165,7 @@ class Owner:
 
     async def transfer(self, name: LeaseName, to: PeerId) -> bool:
         """End a lease here and offer it to a peer. Raises as `DhtService.transfer`."""
+        await self._claimed(name)
         held = self.book.end(name, trio.current_time())
         number = held or self._handing.get(name)
         if number is None:
@@ -200,7 +207,7 @@ class Owner:
                     self._lost(name, "not renewed in time")
                 for name in self.book.due(now):
                     rounds.start_soon(self._renew, name)
-                for record in self._again:
+                for record in self._again.values():
                     rounds.start_soon(self.publish, record)
                 self._again.clear()
                 if now >= self._announce_at:
@@ -213,7 +220,7 @@ class Owner:
             if record.kind is Kind.LEASE:
                 self.book.hurry((record.body.grid, record.body.uid), trio.current_time())
             else:
-                self._again.append(record)
+                self._again[record.body.key] = record
             self._changed.set()
 
     async def _renew(self, name: LeaseName) -> None:
@@ -237,15 +244,16 @@ class Owner:
         elif outcome.owner is not None:
             self._taken(name, outcome.owner)
         elif _is_forgotten(votes.values(), len(found.holders)):
-            await self._renew_under_another_number(name, outcome.number)
+            await self._claim_anew(name, number, outcome.number)
         else:
             self._missed(name)
 
-    async def _renew_under_another_number(self, name: LeaseName, remembered: int) -> None:
+    async def _claim_anew(self, name: LeaseName, number: int, remembered: int) -> None:
         """Its holders are gone, and others remember that there was a lease: nobody has it now."""
         try:
             async with self._alone(name):
-                await self._win(name, remembered)
+                if self.book.number(name, trio.current_time()) == number:
+                    await self._win(name, remembered)
         except LeaseRefused as error:
             self._taken(name, error.owner)
         except P2PMoEError as error:
@@ -311,7 +319,7 @@ class Owner:
         return stored, failed, ", ".join(sorted({vote.why for vote in votes.values() if vote.why}))
 
     def _note(self, record: Signed[Any], votes: Votes) -> None:
-        """Remember who holds this; but a snapshot's publisher counts its copies itself."""
+        """Remember who holds this; but of snapshots, which come anew with every save."""
         if record.kind is Kind.SNAPSHOT:
             return
         if record.kind is not Kind.MANIFEST and not record.body.ttl_ms:

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.lowlevel
 
-from p2pmoe.dht.direct import SLOW
+from p2pmoe.dht.direct import ALL_SLOW, SLOW
 from p2pmoe.dht.leases import MOST_HOLDERS, LeaseRefused, holders
 from p2pmoe.dht.messages import (
     Copy,
@@ -318,8 +318,8 @@ async def test_a_read_whose_reader_goes_away_goes_on_by_a_search_where_all_are_s
             await seen(reader)
         assert len(calls) == 3
         await trio.sleep(SLOW)
-        assert len(calls) == 3  # it waits as long once more
-        await trio.sleep(4 * SLOW)
+        assert len(calls) == 3
+        await trio.sleep(ALL_SLOW)
         assert len(calls) > 3
         assert reader.dht._searches._flights._flying == {}
 

@@ -94,6 +94,27 @@ async def test_a_lease_whose_number_alone_is_remembered_goes_on_under_the_next(
             assert (view.peer, view.number) == (owner.id, 2)
 
 
+async def test_a_lease_that_is_withdrawn_while_it_is_claimed_anew_stays_withdrawn(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here, 14)
+        key = key_of(Kind.LEASE, GRID, UID)
+        owner = order(peers, key)[9]
+        await owner.dht.claim(GRID, UID)
+        now = trio.current_time()
+        for peer in order(peers, key)[5:]:
+            peer.dht._store.restore(lease(owner.keys, UID), 0.0, 600.0, now)
+        left = await lose(here, peers, key, [owner])
+        while not owner.dht._owner._claiming:
+            await trio.sleep(0.001)
+        await owner.dht.withdraw([UID])
+        await trio.sleep(2)
+        assert held(owner) is None
+        for peer in left:
+            assert await owner_of(peer) is None
+
+
 async def test_a_manifest_and_a_dictionary_of_which_all_holders_die_are_back_in_a_second(
     autojump_clock: object,
 ) -> None:
