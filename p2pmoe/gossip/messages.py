@@ -23,7 +23,7 @@ MAX_CLAIM_BYTES = 400  # a sealed accusation or leave; those of today have 270 a
 BUCKETS = 32  # parts into which a view is cut by the first five bits of a peer's id
 ROW_BYTES = 33  # of a digest: id prefix 8, epoch 8, incarnation 8, hash 8, standing 1
 MAX_ROWS = 1024  # of one digest: 33 KiB
-STEP = 4  # signatures between two checkpoints of an event loop: a millisecond
+STEP = 16  # signatures between two checkpoints of an event loop: 4 ms
 
 SealedRecord = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
 SealedClaim = Annotated[bytes, msgspec.Meta(max_length=MAX_CLAIM_BYTES)]

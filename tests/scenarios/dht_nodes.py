@@ -136,7 +136,7 @@ class Here:
             life.scope.cancel()
         for life in lives:
             await life.over.wait()
-        gc.freeze()
+        gc.freeze()  # nor what the kill has left
 
 
 @contextmanager
