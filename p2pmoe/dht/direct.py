@@ -219,7 +219,7 @@ class _Read:
             self._failed |= slow
             self._known -= slow
             self.go_on()
-        elif now - self._asked_at >= ALL_SLOW:
+        elif now >= self._asked_at + ALL_SLOW:
             self.promise.keep(None)
         else:
             direct.jobs.watch(self, min(now + direct.patience(), self._asked_at + ALL_SLOW))

@@ -149,8 +149,8 @@ class Owner:
     async def withdraw(self, uids: Iterable[str]) -> None:
         """Give leases back and announce what is left; the caller sets a deadline."""
         wanted, own = set(uids), self._parts.place.own
-        for name in [name for name in self._claiming if name[1] in wanted]:
-            await self._claimed(name)
+        while claimed := [name for name in self._claiming if name[1] in wanted]:
+            await self._claimed(claimed[0])
         names = [name for name in self.book.names() if name[1] in wanted]
         numbers = {name: self.book.view(name, own).number for name in names}
         numbers |= {

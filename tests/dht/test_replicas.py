@@ -57,55 +57,41 @@ async def lose(here: Town, peers: list[Peer], key: bytes, spared: list[Peer]) ->
     return [peer for peer in peers if peer not in holders]
 
 
+async def bereft(here: Town, *, remembered: bool) -> tuple[Peer, list[Peer]]:
+    """The owner of a lease whose holders have just died, and all who are left.
+
+    Of these the others may remember that there was a lease, as holders of long ago do.
+    """
+    peers = await settled(here, 14)
+    key = key_of(Kind.LEASE, GRID, UID)
+    owner = order(peers, key)[9]
+    await owner.dht.claim(GRID, UID)
+    now = trio.current_time()
+    for peer in order(peers, key)[5:] if remembered else ():
+        peer.dht._store.restore(lease(owner.keys, UID), 0.0, 600.0, now)
+    return owner, await lose(here, peers, key, [owner])
+
+
+@pytest.mark.parametrize(("remembered", "number"), [(False, 1), (True, 2)])
 async def test_a_lease_of_which_all_holders_die_at_once_is_back_in_a_second(
-    autojump_clock: object,
+    remembered: bool, number: int, autojump_clock: object
 ) -> None:
+    """Under the next number where others remember that there was one, and not whose it was."""
     async with town() as here:
-        peers = await settled(here, 14)
-        key = key_of(Kind.LEASE, GRID, UID)
-        owner = order(peers, key)[9]
-        await owner.dht.claim(GRID, UID)
-        left = await lose(here, peers, key, [owner])
+        owner, left = await bereft(here, remembered=remembered)
         await trio.sleep(1)
+        assert held(owner) == number
         for peer in left:
             view = await owner_of(peer)
             assert view is not None
-            assert (view.peer, view.number) == (owner.id, 1)
-
-
-async def test_a_lease_whose_number_alone_is_remembered_goes_on_under_the_next(
-    autojump_clock: object,
-) -> None:
-    """Holders of long ago remember that there was one, and not whose it was."""
-    async with town() as here:
-        peers = await settled(here, 14)
-        key = key_of(Kind.LEASE, GRID, UID)
-        owner = order(peers, key)[9]
-        await owner.dht.claim(GRID, UID)
-        now = trio.current_time()
-        for peer in order(peers, key)[5:]:
-            peer.dht._store.restore(lease(owner.keys, UID), 0.0, 600.0, now)
-        left = await lose(here, peers, key, [owner])
-        await trio.sleep(1)
-        assert held(owner) == 2
-        for peer in left:
-            view = await owner_of(peer)
-            assert view is not None
-            assert (view.peer, view.number) == (owner.id, 2)
+            assert (view.peer, view.number) == (owner.id, number)
 
 
 async def test_a_lease_that_is_withdrawn_while_it_is_claimed_anew_stays_withdrawn(
     autojump_clock: object,
 ) -> None:
     async with town() as here:
-        peers = await settled(here, 14)
-        key = key_of(Kind.LEASE, GRID, UID)
-        owner = order(peers, key)[9]
-        await owner.dht.claim(GRID, UID)
-        now = trio.current_time()
-        for peer in order(peers, key)[5:]:
-            peer.dht._store.restore(lease(owner.keys, UID), 0.0, 600.0, now)
-        left = await lose(here, peers, key, [owner])
+        owner, left = await bereft(here, remembered=True)
         while not owner.dht._owner._claiming:
             await trio.sleep(0.001)
         await owner.dht.withdraw([UID])
