@@ -175,12 +175,13 @@ class Connection:
                 frames = await self._frames.receive()
                 now, self._performing = trio.current_time(), True
                 for frame in frames:  # what came before a frame that breaks the rules counts
-                    self._perform(self._core.receive(frame, now), calls)
+                    self._perform(self._core.receive(frame, now))
             except P2PMoEError as error:
                 self._end(error)
                 return
             finally:
                 self._performing = False
+            self._incoming.start(calls)
             self._hear(now)
             if (deadline := self._next_deadline()) < self._alarm.deadline:
                 self._alarm.deadline = deadline
@@ -265,11 +266,11 @@ class Connection:
         self._core.cancel(call)
         self._changed()
 
-    def _perform(self, effects: Iterable[Effect], calls: trio.Nursery) -> None:
+    def _perform(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
                 case CallArrived():
-                    self._incoming.begin(effect, calls)
+                    self._incoming.begin(effect)
                 case CallCancelled():
                     self._incoming.cancel(effect.id)
                 case PartArrived():

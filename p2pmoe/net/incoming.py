@@ -3,7 +3,7 @@
 A handler is a coroutine function, and lives in a task of its own; or it is `Prompt`: it looks at
 the call within the reader's turn and posts the answer when it has it. That saves a task and two
 turns of the loop a call, and suits one whose work is done elsewhere. CANCEL, the call's deadline
-and the connection's end cancel either.
+and the connection's end cancel either; what is cancelled in the turn in which it came gets no task.
 """
 
 from __future__ import annotations
@@ -107,24 +107,32 @@ class IncomingCalls:
     def __init__(self, core: Exchange, caller: Caller, handlers: Mapping[str, Handler]) -> None:
         self.core, self.caller, self._handlers = core, caller, handlers
         self._running: dict[int, trio.CancelScope | IncomingCall] = {}
+        self._begun: list[tuple[IncomingCall, Task]] = []  # in this turn, without a task yet
         self._room = trio.lowlevel.ParkingLot()  # answers that wait for the parts before them
         self._due = math.inf  # no deadline of a call without a task is earlier
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def begin(self, arrived: CallArrived, tasks: trio.Nursery) -> None:
-        """Let the call's handler answer it."""
+    def begin(self, arrived: CallArrived) -> None:
+        """Let the call's handler answer it: at once if it is prompt, else when tasks `start`."""
         call = IncomingCall(self, arrived)
+        self._running[call.id] = call
         handler = self._handlers.get(call.method, _UNKNOWN)
         task = self._begin_prompt(call, handler) if isinstance(handler, Prompt) else handler
         if task is not None:
-            scope = self._running[call.id] = trio.CancelScope(deadline=call.deadline)
-            tasks.start_soon(self._answer, call, task, scope)
+            self._begun.append((call, task))
+
+    def start(self, tasks: trio.Nursery) -> None:
+        """Give each call that has begun, and is wanted still, its task."""
+        begun, self._begun = self._begun, []
+        for call, task in begun:
+            if call.id in self._running:
+                scope = self._running[call.id] = trio.CancelScope(deadline=call.deadline)
+                tasks.start_soon(self._answer, call, task, scope)
 
     def _begin_prompt(self, call: IncomingCall, handler: Prompt) -> Task | None:
         """Let it answer now or later, or say what is to be done in a task."""
-        self._running[call.id] = call
         try:
             task = handler.begin(call)
         except Exception as error:  # noqa: BLE001  as at the edge of a task

@@ -101,6 +101,24 @@ async def test_a_cancelled_call_ends_on_the_other_side(autojump_clock):
         await nothing_left(a, b)
 
 
+async def test_a_call_that_is_cancelled_in_the_turn_in_which_it_came_gets_no_task(autojump_clock):
+    async with world() as w:
+        b = await w.peer(1)
+        waits, stranger = Waits(b), await greet(w, b)
+        spawned: list[str] = []
+
+        class Watch(trio.abc.Instrument):
+            def task_spawned(self, task: trio.lowlevel.Task) -> None:
+                spawned.append(task.name)
+
+        trio.lowlevel.add_instrument(watch := Watch())
+        await stranger.say(request(1, method="wait"), Cancel(id=1))
+        assert await stranger.hear() == End(id=1, code="cancelled")
+        trio.lowlevel.remove_instrument(watch)
+        assert (waits.begun, spawned) == (0, [])
+        await nothing_left(b)
+
+
 async def test_leaving_an_open_call_cancels_it(autojump_clock):
     async with world() as w:
         a, b = await w.peer(0), await w.peer(1)
