@@ -240,6 +240,9 @@ class Probes:
             return []
         if not self._asking.take(asker, now):
             return []
+        suspicion = self._roster.suspicions.get(target)
+        if suspicion is not None and suspicion.accusers.get(self._roster.own) == "refused":
+            return [_send(asker, Nack(seq=request.seq, refused=True))]  # no need to dial again
         seq = self._number()
         left = min(request.left_ms / 1000, self._params.relaying_most)
         deadline = now + left * self._params.nack_at

@@ -321,8 +321,8 @@ class GossipService:
                 case Dial(peer=peer, record=record):
                     self._dial(senders, peer, record)
                 case Neighbours(peers=peers):
-                    self._neighbours = frozenset(peers)
-                    self._keep(senders)
+                    before, self._neighbours = self._neighbours, frozenset(peers)
+                    self._keep(senders, self._neighbours - before)
                 case Refute(record=record):
                     self._parts.adopt(record)
                 case Changed():
@@ -330,9 +330,9 @@ class GossipService:
                 case Equivocation():
                     self._report(effect)
 
-    def _keep(self, senders: trio.Nursery) -> None:
-        """Connect to those neighbours to which there is no connection."""
-        for peer in self._neighbours - self._met.keys():
+    def _keep(self, senders: trio.Nursery, fresh: frozenset[PeerId]) -> None:
+        """Connect to those who are neighbours now; what becomes of the others, probes find out."""
+        for peer in fresh - self._met.keys():
             if (member := self._core.member(peer)) is not None:
                 self._dial(senders, peer, member.record)
 

@@ -88,7 +88,9 @@ class Suspicion:
         """Confirmations and refusals, as far as they have a meaning."""
         refused = sum(evidence == "refused" for evidence in self._accusers.values())
         first_too = self._params.confirmations + 1
-        return min(len(self._accusers), first_too), min(refused, self._refusals)
+        if refused >= self._refusals:  # then it lasts one period, whoever else there is
+            return first_too, self._refusals
+        return min(len(self._accusers), first_too), refused
 
     def _set_deadline(self) -> None:
         """When the accused is dead, if it did not refute. Seconds."""

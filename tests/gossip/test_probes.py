@@ -344,6 +344,15 @@ def test_a_relay_dials_and_says_when_it_is_refused_and_accuses_too() -> None:
     assert bench.probes.unreachable(A.id, 1.2, refused=False)[0] == Dial(A.id, A.record())
 
 
+def test_a_relay_that_was_refused_already_says_so_without_a_dial() -> None:
+    bench = Bench(up=(B, C, D))
+    bench.roster.suspect(ME.accuse(A.record(), "refused"), 1.0)
+    (answer,) = sends(bench.probes.relay(B.id, REQUEST, 1.1))
+    assert (answer.to, answer.message.body) == (B.id, Nack(seq=7, refused=True))
+    bench.roster.record(A.record(incarnation=9), 1.2)  # it is back
+    assert bench.probes.relay(B.id, REQUEST, 1.3) == [Dial(A.id, A.record(incarnation=9))]
+
+
 def test_a_relay_whose_target_is_far_dials_it_again_when_the_connection_breaks() -> None:
     bench = Bench(40)
     near = bench.roster.rings.neighbours()

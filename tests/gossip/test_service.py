@@ -6,6 +6,7 @@ import gc
 import math
 import sys
 import time
+from collections import Counter
 from contextlib import AsyncExitStack
 
 import pytest
@@ -15,14 +16,16 @@ from p2pmoe.errors import DuplicateIdentity, PeerUnreachable
 from p2pmoe.gossip import messages, watching
 from p2pmoe.gossip.events import MemberFailed, MemberJoined, MemberLeft, MemberReturned
 from p2pmoe.gossip.events import MemberSuspected as Suspected
-from p2pmoe.gossip.lines import TELL
+from p2pmoe.gossip.lines import TELL, Lines
 from p2pmoe.gossip.members import State
+from p2pmoe.gossip.membership import MembershipParams
 from p2pmoe.gossip.messages import GossipMessage, News, encode_message
-from p2pmoe.identity import KeyPair
+from p2pmoe.gossip.probes import ProbeParams
+from p2pmoe.identity import KeyPair, PeerId
 from p2pmoe.net.incoming import Prompt, Task
 from p2pmoe.node import Node
 from p2pmoe.wire import schema
-from p2pmoe.wire.peer_record import PeerRecord, contact_of, seal_record
+from p2pmoe.wire.peer_record import Contact, PeerRecord, contact_of, seal_record
 from p2pmoe.wire.status import MEMBERS, MembersReply, MembersRequest
 from tests.gossip.town import Heard, Town, states, until
 
@@ -55,6 +58,31 @@ async def test_members_name_who_is_killed_and_drop_it_everywhere(autojump_clock)
             ("MemberFailed", c.id.short),
         ]
         listeners.cancel_scope.cancel()
+
+
+async def test_who_was_found_dead_is_not_dialled_again_when_others_die(
+    autojump_clock, monkeypatch
+) -> None:
+    tried: Counter[PeerId] = Counter()
+    tell = Lines.tell
+
+    async def noted(self: Lines, to: Contact, message: GossipMessage) -> None:
+        tried[to.peer] += 1
+        await tell(self, to, message)
+
+    town, quiet = Town(), MembershipParams(probes=ProbeParams(interval=1e6, random_every=1e6))
+    async with AsyncExitStack() as nodes:
+        a = await nodes.enter_async_context(town.open("a", membership=quiet))
+        _, _, d, e = [
+            await nodes.enter_async_context(town.open(host, a, membership=quiet)) for host in "bcde"
+        ]
+        await trio.sleep(5)
+        monkeypatch.setattr(Lines, "tell", noted)
+        town.network.kill("d")
+        await trio.sleep(0.7)
+        town.network.kill("e")
+        await until(lambda: states(a) == {"b": "alive", "c": "alive", "d": "dead", "e": "dead"}, 5)
+    assert (tried[d.id], tried[e.id]) == (4, 4)  # each other once: the killed ones do not know
 
 
 async def test_who_closes_has_left_and_is_never_called_dead(autojump_clock) -> None:

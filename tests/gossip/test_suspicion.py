@@ -91,6 +91,15 @@ def test_refused_by_as_many_as_there_are_or_three_it_lasts_one_period(n: int, ne
     assert held.deadline == 1.0
 
 
+def test_once_enough_were_refused_nobody_else_is_passed_on() -> None:
+    held = suspicion()
+    assert held.accuse(PEOPLE[1].id, "silent")
+    assert all(held.accuse(person.id, "refused") for person in PEOPLE[2:5])
+    assert not any(held.accuse(person.id, "silent") for person in PEOPLE[5:7])
+    assert not any(held.accuse(person.id, "refused") for person in (PEOPLE[1], *PEOPLE[7:9]))
+    assert held.deadline == 1.0
+
+
 def test_accusers_that_are_remembered_are_bounded() -> None:
     held = suspicion()
     for person in PEOPLE:

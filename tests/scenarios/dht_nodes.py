@@ -127,7 +127,6 @@ class Here:
 
     async def kill(self, nodes: list[Node]) -> None:
         """End these at once; returns when what that takes of this thread is done."""
-        gc.freeze()  # as when one is opened: what lives now is not looked through any more
         lives = [self.lives.pop(node.id.hex) for node in nodes]
         for node, life in zip(nodes, lives, strict=True):
             self.nodes.remove(node)
@@ -136,7 +135,20 @@ class Here:
             life.scope.cancel()
         for life in lives:
             await life.over.wait()
-        gc.freeze()  # nor what the kill has left
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No collection inside the block: each would stop all nodes of this process at once.
+
+    Those of a node alone take a millisecond; of so many, 0.4 s after a third was killed.
+    """
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from p2pmoe.dht.leases import LeaseRefused
 from p2pmoe.errors import QuorumNotReached
 from p2pmoe.wire.envelope import Kind, seal
 from tests.dht.swarm_of_ids import GRID, manifest
-from tests.scenarios.dht_nodes import READY_LIMIT, Here, begin, calm, gets, processes
+from tests.scenarios.dht_nodes import READY_LIMIT, Here, begin, calm, gets, processes, uncollected
 from tests.scenarios.dht_peer import claim
 
 
@@ -38,7 +38,7 @@ async def test_with_a_third_of_the_swarm_killed_every_get_succeeds(
         made = seal(maker.keys, body, kind=Kind.MANIFEST, network=maker.network)
         await maker.dht.put_manifest(made)
         address = str(here.nodes[0].address)
-        with processes() as begun:
+        with processes() as begun, uncollected():
             with trio.fail_after(READY_LIMIT):
                 elsewhere = await begin(address, apart, begun)
             for process in begun[: math.ceil(apart / 3)]:
