@@ -45,11 +45,12 @@ class _Known:
     lost: bool = False  # its connection broke
     failures: int = 0  # in a row
     avoided_until: float = -math.inf
+    gone_at: float = -math.inf  # when its connection broke or it failed, unless it is back
 
     def is_back(self) -> None:
         """It was reached, or is known to live."""
         self.suspected, self.lost, self.met = False, False, True
-        self.failures, self.avoided_until = 0, -math.inf
+        self.failures, self.avoided_until, self.gone_at = 0, -math.inf, -math.inf
 
 
 class Contacts:
@@ -77,6 +78,7 @@ class Contacts:
                 known.stranger, known.suspected = old.stranger, old.suspected
                 known.lost = old.lost
                 known.failures, known.avoided_until = old.failures, old.avoided_until
+                known.gone_at = old.gone_at
         else:
             known = old
         self._known[peer] = known
@@ -147,6 +149,7 @@ class Contacts:
             pause = math.ldexp(self._params.avoid_for, min(known.failures, 16))
             known.failures += 1
             known.dialled = known.met = False
+            known.gone_at = now
             known.avoided_until = now + min(pause, self._params.avoid_most)
 
     def met(self) -> list[PeerId]:
@@ -164,11 +167,15 @@ class Contacts:
         known = self._known.get(peer)
         return known is not None and known.suspected
 
-    def connection(self, peer: PeerId, *, broke: bool) -> None:
+    def connection(self, peer: PeerId, now: float, *, broke: bool) -> None:
         """A connection to this peer broke, or is there."""
         known = self._known.get(peer)
         if known is not None:
-            known.lost = broke
+            known.lost, known.gone_at = broke, now if broke else -math.inf
+
+    def gone_since(self, moment: float) -> list[PeerId]:
+        """Those whose connection broke, or who failed, no earlier, and who are not back."""
+        return [peer for peer, known in self._known.items() if known.gone_at >= moment]
 
     def doubtful(self, peer: PeerId) -> bool:
         """Whether others should be asked first: it is suspected, or its connection broke."""

@@ -32,6 +32,7 @@ SLOW = 0.25  # seconds; a read then asks others; a guess
 SLOW_MOST = 1.0  # seconds; the same where all are slow, as on an overloaded machine; a guess
 ALL_SLOW = 1.0  # seconds without any answer; a read then takes a search; a guess
 SLOW_FACTOR = 4.0  # times as long as answers take of late; a guess
+GONE_OF_LATE = 5.0  # seconds in which what a peer held may not have been put again yet; a guess
 LATE_WEIGHT = 1 / 8  # of the latest, in how long they take; as TCP's smoothed round trip (RFC 6298)
 
 
@@ -91,6 +92,15 @@ class Direct:
         if len(closest) < MOST_HOLDERS and any(map(self._contacts.doubtful, met)):
             return []
         return [] if self._size.is_crowded(key, closest, now) else closest
+
+    def is_bereft(self, key: bytes) -> bool:
+        """Whether most of those that held this key are gone of late.
+
+        Its publisher may be about to put it again.
+        """
+        gone = self._contacts.gone_since(trio.current_time() - GONE_OF_LATE)
+        closest = holders(key, {*self._contacts.met(), *gone}, self.place.holder)
+        return sum(peer in gone for peer in closest) > MOST_HOLDERS / 2
 
     def read(
         self,

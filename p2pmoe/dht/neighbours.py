@@ -171,10 +171,11 @@ class Neighbours:
 
     # ------------------------------------------------------------------------- what the pool sees
     def _observe(self, event: PoolEvent) -> None:
+        now = trio.current_time()
         match event:
             case PeerConnected():
                 self._learn(event.record)
-                self._parts.contacts.connection(event.peer, broke=False)
+                self._parts.contacts.connection(event.peer, now, broke=False)
                 if event.outbound:
                     self._reached(event.peer, event.host)
                 elif self._parts.contacts.contact(event.peer) is not None:
@@ -183,12 +184,12 @@ class Neighbours:
             case PeerLost(error=None):
                 self._parts.changed(event.peer, Sign.QUIET)
             case PeerLost():
-                self._parts.contacts.connection(event.peer, broke=True)
+                self._parts.contacts.connection(event.peer, now, broke=True)
                 if event.peer in self._parts.contacts.table:
                     self._later(partial(self._look_for, event.peer))
                 self._parts.changed(event.peer, Sign.GONE)
             case _:
-                self._parts.contacts.failed(event.peer, trio.current_time())
+                self._parts.contacts.failed(event.peer, now)
                 self._parts.changed(event.peer, Sign.GONE)
 
     def _learn(self, record: Signed[PeerRecord] | None) -> None:

@@ -224,26 +224,33 @@ class Owner:
             self._changed.set()
 
     async def _renew(self, name: LeaseName) -> None:
-        try:
-            found = await self._parts.searches.nearest(key_of(Kind.LEASE, *name))
-        except P2PMoEError as error:
-            telemetry.emit("dht.renewal.failed", uid=name[1], error=error)
-            self._missed(name)
-            return
         asked_at = trio.current_time()
         number = self.book.number(name, asked_at)
         if number is None:  # withdrawn meanwhile: a renewal must not follow that
             return
         lease = self._lease(name, number, self._params.ttl)
-        votes = await self._writer.put_at(found.holders, lease)
-        outcome = tally(lease, list(votes.values()), len(found.holders), renewal=True)
+        try:
+            directly = await self._writer.put_directly(lease)
+            if directly is None:
+                found = (await self._parts.searches.nearest(lease.body.key)).holders
+                asked_at = trio.current_time()
+                if self.book.number(name, asked_at) != number:
+                    return
+                lease = self._lease(name, number, self._params.ttl)
+                directly = found, await self._writer.put_at(found, lease)
+        except P2PMoEError as error:
+            telemetry.emit("dht.renewal.failed", uid=name[1], error=error)
+            self._missed(name)
+            return
+        holders, votes = directly
+        outcome = tally(lease, list(votes.values()), len(holders), renewal=True)
         if self.book.number(name, trio.current_time()) != number:  # withdrawn, or too late
             return
         if isinstance(outcome, Granted):
             self._granted(lease, votes, asked_at)
         elif outcome.owner is not None:
             self._taken(name, outcome.owner)
-        elif _is_forgotten(votes.values(), len(found.holders)):
+        elif _is_forgotten(votes.values(), len(holders)):
             await self._claim_anew(name, number, outcome.number)
         else:
             self._missed(name)

@@ -48,17 +48,24 @@ class Writer:
 
     async def put(self, record: Signed[Any]) -> tuple[list[PeerId], Votes]:
         """Put a record at whoever is closest now: these, and what each that answers makes of it."""
+        if directly := await self.put_directly(record):
+            return directly
+        found = (await self._searches.nearest(record.body.key)).holders
+        return found, await self.put_at(found, record)
+
+    async def put_directly(self, record: Signed[Any]) -> tuple[list[PeerId], Votes] | None:
+        """The same, where this peer knows who is closest; None if that takes a search."""
         key, careful = record.body.key, record.kind is Kind.LEASE
         writing = _Writing(record, set(self._searches.direct.closest_known(key, careful=careful)))
-        if writing.known:
+        if not writing.known:
+            return None
+        found = self._holders(writing)
+        while not writing.asked.issuperset(found) and len(writing.asked) < MOST_ASKED:
+            await self._put_at_once(writing, found)
             found = self._holders(writing)
-            while not writing.asked.issuperset(found) and len(writing.asked) < MOST_ASKED:
-                await self._put_at_once(writing, found)
-                found = self._holders(writing)
-            if len(writing.votes) == len(writing.asked) or len(found) == MOST_HOLDERS:
-                return found, {peer: writing.votes[peer] for peer in found if peer in writing.votes}
-        found = (await self._searches.nearest(key)).holders
-        return found, await self.put_at(found, record)
+        if len(writing.votes) < len(writing.asked) and len(found) < MOST_HOLDERS:
+            return None
+        return found, {peer: writing.votes[peer] for peer in found if peer in writing.votes}
 
     async def put_at(
         self,

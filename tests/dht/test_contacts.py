@@ -162,14 +162,28 @@ def test_a_peer_whose_connection_broke_is_doubtful_until_there_is_one_again() ->
     one = contacts()
     one.alive(card(ANN, "10.0.0.1:1"))
     assert not one.doubtful(ANN.peer_id)
-    one.connection(ANN.peer_id, broke=True)
+    one.connection(ANN.peer_id, 0.0, broke=True)
     one.learn(card(ANN, "10.0.0.1:1", incarnation=2))
     assert one.doubtful(ANN.peer_id)
     assert not one.suspected(ANN.peer_id)
-    one.connection(ANN.peer_id, broke=False)
+    one.connection(ANN.peer_id, 0.0, broke=False)
     assert not one.doubtful(ANN.peer_id)
     one.suspect(ANN.peer_id)
     assert one.doubtful(ANN.peer_id)
+
+
+def test_who_is_gone_of_late_is_known_until_it_is_back() -> None:
+    one = contacts()
+    for keys in (ANN, BOB):
+        one.alive(card(keys, "10.0.0.1:1"))
+    one.connection(ANN.peer_id, 1.0, broke=True)
+    one.failed(BOB.peer_id, 2.0)
+    one.learn(card(BOB, "10.0.0.1:1", incarnation=2))
+    assert one.gone_since(1.0) == [ANN.peer_id, BOB.peer_id]
+    assert one.gone_since(1.5) == [BOB.peer_id]
+    one.connection(ANN.peer_id, 3.0, broke=False)
+    one.alive(card(BOB, "10.0.0.1:1", incarnation=3))
+    assert one.gone_since(0.0) == []
 
 
 def test_suspicion_and_failures_outlast_a_record_with_the_same_addresses_only() -> None:
@@ -190,7 +204,7 @@ def test_questions_about_strangers_leave_no_trace() -> None:
     one = contacts()
     for keys in PEOPLE:
         one.suspect(keys.peer_id)
-        one.connection(keys.peer_id, broke=True)
+        one.connection(keys.peer_id, 0.0, broke=True)
         one.failed(keys.peer_id, 0.0)
         assert not one.suspected(keys.peer_id)
         assert not one.doubtful(keys.peer_id)

@@ -120,7 +120,7 @@ async def test_who_may_be_dead_is_not_asked_and_with_too_few_others_it_takes_a_s
         peers = await settled(here)
         direct = peers[0].dht._searches.direct
         nearest = direct.closest_known(LEASE_KEY, careful=False)
-        peers[0].dht._contacts.connection(nearest[0], broke=True)
+        peers[0].dht._contacts.connection(nearest[0], 0.0, broke=True)
         peers[0].dht.member_suspected(nearest[1])
         left = direct.closest_known(LEASE_KEY, careful=False)
         assert left[:-1] == nearest[2:]

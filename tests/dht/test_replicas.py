@@ -87,6 +87,35 @@ async def test_a_lease_of_which_all_holders_die_at_once_is_back_in_a_second(
             assert (view.peer, view.number) == (owner.id, number)
 
 
+@pytest.mark.parametrize("remembered", [False, True])
+async def test_a_read_right_after_all_holders_died_waits_for_the_owner(
+    remembered: bool, autojump_clock: object
+) -> None:
+    async with town() as here:
+        owner, left = await bereft(here, remembered=remembered)
+        with trio.fail_after(1):
+            view = await owner_of(left[0])
+        assert view is not None
+        assert view.peer == owner.id
+
+
+async def test_where_holders_died_with_their_owner_a_read_says_so_within_a_second(
+    autojump_clock: object,
+) -> None:
+    async with town() as here:
+        peers = await settled(here, 14)
+        key = key_of(Kind.LEASE, GRID, UID)
+        owner = order(peers, key)[0]
+        await owner.dht.claim(GRID, UID)
+        left = await lose(here, peers, key, [])
+        began = trio.current_time()
+        assert await owner_of(left[0]) is None
+        assert 0.75 <= trio.current_time() - began < 1
+        began = trio.current_time()
+        assert await left[0].dht.get_leases(GRID, ["ffn.9.9"]) == {}
+        assert trio.current_time() - began < 0.25
+
+
 async def test_a_lease_that_is_withdrawn_while_it_is_claimed_anew_stays_withdrawn(
     autojump_clock: object,
 ) -> None:
