@@ -248,6 +248,8 @@ class Owner:
             return
         if isinstance(outcome, Granted):
             self._granted(lease, votes, asked_at)
+            if sum(vote.outcome == "stored" for vote in votes.values()) < quorum(len(holders)):
+                self._missed(name)  # it stands, but most have abstained: they are to have it soon
         elif outcome.owner is not None:
             self._taken(name, outcome.owner)
         elif _is_forgotten(votes.values(), len(holders)):

@@ -46,6 +46,8 @@ MOST_PAGES = 8  # of one holder's dictionaries under one prefix; a guess
 ONE_PATH_BELOW = 32  # contacts; with fewer, two paths ask everybody and are no surer; a guess
 HOSTILE_PATHS = 4  # in hostile mode; S/Kademlia
 MEND_PAUSE = 5.0  # seconds in which one holder is told once that it lacks something; a guess
+LOOK_AGAIN = 0.25  # seconds until a record is looked for again whose holders have died; a guess
+LOOKS_AGAIN = 3  # times, before "there is nothing" is said; a guess
 MOST_MENDED = 4096  # holders and keys that were told lately; a guess
 
 _BY_ALL = {all_answered, all_reached}  # rules for which one path alone may be led astray
@@ -124,6 +126,16 @@ class Searches:
         directly = None if patient else partial(self._read_directly, kind, search)
         read = partial(self._read, kind, search)
         return await self._flights.share((kind, key, enough), read, directly)
+
+    async def look(self, kind: Kind, key: bytes) -> Searched:
+        """The same, more than once where it finds nothing and those who held it have just died."""
+        found = await self.read(kind, key)
+        for _ in range(LOOKS_AGAIN):
+            if found.copies() or not self.direct.is_bereft(key):
+                break
+            await trio.sleep(LOOK_AGAIN)
+            found = await self.read(kind, key)
+        return found
 
     async def inspect(self, key: bytes) -> Searched:
         """What all holders of a key have, whatever it is. It repairs nothing."""

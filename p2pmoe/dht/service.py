@@ -39,8 +39,6 @@ from p2pmoe.wire.envelope import Kind, Signed, seal
 from p2pmoe.wire.peer_record import Contact, PeerRecord, contact_of
 
 ABSENT_FOR = 1.0  # seconds for which "there is nothing" is believed; a guess
-LOOK_AGAIN = 0.25  # seconds until a record is looked for again whose holders have died; a guess
-LOOKS_AGAIN = 3  # times, before "there is nothing" is said; a guess
 MOST_ABSENT = 4096  # keys that are remembered to have nothing; a guess
 REPUBLISH = 60.0  # seconds between puts of a manifest by those who use it; a guess
 VACANT_AFTER = 5.0  # seconds from a member's failure until its leases are vacant here
@@ -345,12 +343,7 @@ class DhtService:
         now = trio.current_time()
         if now < self._absent.get(key, 0.0) and not self._store.get(key, now):
             return Searched([])
-        found = await self._searches.read(kind, key)
-        for _ in range(LOOKS_AGAIN):
-            if found.copies() or not self._searches.direct.is_bereft(key):
-                break
-            await trio.sleep(LOOK_AGAIN)
-            found = await self._searches.read(kind, key)
+        found = await self._searches.look(kind, key)
         now = trio.current_time()
         self._absent.pop(key, None)
         if not found.copies():

@@ -24,6 +24,7 @@ from p2pmoe.identity import PeerId
 from p2pmoe.wire.envelope import Kind, Signed
 
 SLOW = 2.0  # seconds, then the next closest holds the record as well; a guess
+SLOW_GRANT = 5.0  # seconds, the same for leases: a holder may ask others first, for up to 4 s
 
 PutHere = Callable[[Signed[Any], Signed[Transfer] | None], Awaitable[Vote]]
 Votes = dict[PeerId, Vote]
@@ -93,7 +94,7 @@ class Writer:
         others = [peer for peer in fresh if peer != self._place.own]
         coming = [(peer, self._asks.begin_put(peer, record, named)) for peer in others]
         writing.asked.update(fresh)
-        with trio.move_on_after(SLOW):
+        with trio.move_on_after(SLOW_GRANT if record.kind is Kind.LEASE else SLOW):
             if len(others) < len(fresh):
                 await self._put_one(self._place.own, record, None, writing.votes)
             for _, promise in coming:

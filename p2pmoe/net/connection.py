@@ -79,8 +79,7 @@ class Connection:
         self._heard_bytes = terms.frames.received_bytes
         self._composing: list[Callable[[], None]] = []  # what is to be asked, until it is sent
         self._wake = trio.lowlevel.ParkingLot()  # the writer, while there is nothing to send
-        self._life = trio.CancelScope()
-        self._alarm = trio.CancelScope()
+        self._life, self._alarm = trio.CancelScope(), trio.CancelScope()
 
     # -------------------------------------------------------------- looking
     @property

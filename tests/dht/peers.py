@@ -133,6 +133,13 @@ async def full(call: IncomingCall) -> None:
     await call.send(schema.encode(PutReply(verdicts=(Verdict(outcome="full"),) * count)))
 
 
+async def abstain(call: IncomingCall) -> None:
+    """A handler of puts that has just begun, and does not know what it has forgotten."""
+    count = len(schema.decode(call.body, PutRequest).records)
+    verdict = Verdict(outcome="abstained", why="restarted")
+    await call.send(schema.encode(PutReply(verdicts=(verdict,) * count)))
+
+
 async def swarm(here: Town, count: int, *, cells: int = 64) -> list[Peer]:
     """Peers 1 to `count`, each joined by the first."""
     peers: list[Peer] = []

@@ -10,7 +10,7 @@ from p2pmoe.errors import (
     PeerBusy,
     QuorumNotReached,
 )
-from tests.dht.peers import UID, Peer, full, held, owner_of, swarm, town
+from tests.dht.peers import UID, Peer, abstain, full, held, owner_of, swarm, town
 from tests.dht.swarm_of_ids import GRID, PEOPLE, lease
 
 
@@ -297,6 +297,26 @@ async def test_a_renewal_that_cannot_be_asked_for_is_tried_again(autojump_clock)
         for _ in range(60):
             await trio.sleep(1)
             assert held(peers[0]) == 1
+
+
+async def test_a_renewal_of_which_most_abstain_stands_and_they_are_told_again_soon(
+    autojump_clock,
+) -> None:
+    async with town() as here:
+        peers = await swarm(here, 5)
+        await peers[0].dht.claim(GRID, UID)
+        handlers = [peer.pool.handlers["dht.put"] for peer in peers[1:]]
+        for peer in peers[1:]:
+            peer.pool.handlers["dht.put"] = abstain
+        await trio.sleep(10.5)
+        own = peers[0].dht._owner.book._own
+        assert held(peers[0]) == 1
+        assert own[GRID, UID].renew_at - trio.current_time() <= 2
+        for peer, handler in zip(peers[1:], handlers, strict=True):
+            peer.pool.handlers["dht.put"] = handler
+        await trio.sleep(3)
+        assert held(peers[0]) == 1
+        assert own[GRID, UID].renew_at - trio.current_time() > 5
 
 
 @pytest.mark.parametrize("after", [10.2, 11.2, 11.7, 12.2])
