@@ -193,18 +193,25 @@ class Holder:
         return None if record is None else record.raw
 
     def _closer(self, target: bytes, asker: PeerId, known: Sequence[bytes] = ()) -> list[PeerId]:
-        """The closest; of those to whom r are `known` only what is missing between them."""
+        """The closest; of those to whom r are `known` only what is missing between them.
+
+        Who may be dead is named only where too few others are: each would cost the asker a dial.
+        """
         searches, table = self._parts.searches, self._parts.contacts.table
 
-        def named(peer: PeerId) -> bool:
+        def sure(peer: PeerId) -> bool:
+            return peer != asker and searches.direct.sure(peer)
+
+        def usable(peer: PeerId) -> bool:
             return peer != asker and searches.usable(peer)
 
         if len(known) < MOST_HOLDERS:
-            return table.closest(target, searches.k, named)
+            near = table.closest(target, searches.k, sure)
+            return near if len(near) == searches.k else table.closest(target, searches.k, usable)
         rest = bytes(ID_BYTES - NAME_BYTES)
         farthest = max(distance(name + rest, target) for name in known)
         near = table.within(target, farthest)
-        return [peer for peer in near if peer.raw[:NAME_BYTES] not in known and named(peer)]
+        return [peer for peer in near if peer.raw[:NAME_BYTES] not in known and sure(peer)]
 
     # --------------------------------------------------------------------------------- decisions
     async def put(self, record: Signed[Any], transfer: Signed[Transfer] | None = None) -> Vote:

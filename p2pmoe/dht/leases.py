@@ -180,6 +180,7 @@ class _Own:
     number: int
     valid_until: float
     renew_at: float
+    renew_as: int  # the number under which it is renewed
     doubted: bool = False  # until it is renewed
 
 
@@ -204,9 +205,8 @@ class LeaseBook:
 
     def granted(self, name: LeaseName, number: int, asked_at: float) -> None:
         """A quorum granted or renewed it; it counts from when they were asked."""
-        self._own[name] = _Own(
-            number, asked_at + self._params.ttl, asked_at + self._params.renew_every
-        )
+        valid_until, renew_at = asked_at + self._params.ttl, asked_at + self._params.renew_every
+        self._own[name] = _Own(number, valid_until, renew_at, number)
 
     def missed(self, name: LeaseName, now: float) -> None:
         """A renewal found no quorum: try again soon. The lease stays valid until its end."""
@@ -214,9 +214,12 @@ class LeaseBook:
             self._own[name].renew_at = now + self._params.retry_every
 
     def hurry(self, name: LeaseName, now: float) -> None:
-        """Renew it now."""
-        if name in self._own:
-            self._own[name].renew_at = now
+        """Its holders are gone: renew it now, and under the next number.
+
+        Others may remember this one and not whose it was, and would refuse it.
+        """
+        if (own := self._own.get(name)) is not None:
+            own.renew_at, own.renew_as = now, own.number + 1
 
     def end(self, name: LeaseName, now: float) -> int | None:
         """Serve it no longer; the number that it had, None when it was not held."""
@@ -267,6 +270,11 @@ class LeaseBook:
         """Its number while it is valid; None when it was not renewed in time."""
         own = self._own.get(name)
         return own.number if own is not None and now < own.valid_until else None
+
+    def renewal(self, name: LeaseName, now: float) -> tuple[int, int] | None:
+        """Its number, and the one under which it is to be renewed; None as `number`."""
+        number = self.number(name, now)
+        return None if number is None else (number, self._own[name].renew_as)
 
     def serving(self, name: LeaseName, now: float) -> int | None:
         """The number under which calls are answered; None also while others may have it."""

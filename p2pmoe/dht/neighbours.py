@@ -24,7 +24,7 @@ from p2pmoe.dht.jobs import Flights, Jobs
 from p2pmoe.dht.routing import PingOldest
 from p2pmoe.dht.search import Searches
 from p2pmoe.errors import NodeClosed, P2PMoEError, PeerBusy, PeerUnreachable
-from p2pmoe.identity import PeerId
+from p2pmoe.identity import ID_BYTES, PeerId
 from p2pmoe.net.pool import PeerConnected, PeerLost, Pool, PoolEvent
 from p2pmoe.wire.address import Address
 from p2pmoe.wire.envelope import Signed
@@ -81,6 +81,9 @@ class Neighbours:
             if not len(table):
                 await self._find_again()
                 places.append(self._own.raw)
+            elif len(table) >= self._parts.searches.k:
+                wanted = self._parts.searches.size.wanted(now)
+                places += [self._rng.randbytes(ID_BYTES) for _ in range(wanted)]
             async with trio.open_nursery() as asks:
                 for peer in table.to_check(now):
                     asks.start_soon(self._ping, peer)

@@ -225,10 +225,11 @@ class Owner:
 
     async def _renew(self, name: LeaseName) -> None:
         asked_at = trio.current_time()
-        number = self.book.number(name, asked_at)
-        if number is None:  # withdrawn meanwhile: a renewal must not follow that
+        renewal = self.book.renewal(name, asked_at)
+        if renewal is None:  # withdrawn meanwhile: a renewal must not follow that
             return
-        lease = self._lease(name, number, self._params.ttl)
+        number, renewed_as = renewal
+        lease = self._lease(name, renewed_as, self._params.ttl)
         try:
             directly = await self._writer.put_directly(lease)
             if directly is None:
@@ -236,7 +237,7 @@ class Owner:
                 asked_at = trio.current_time()
                 if self.book.number(name, asked_at) != number:
                     return
-                lease = self._lease(name, number, self._params.ttl)
+                lease = self._lease(name, renewed_as, self._params.ttl)
                 directly = found, await self._writer.put_at(found, lease)
         except P2PMoEError as error:
             telemetry.emit("dht.renewal.failed", uid=name[1], error=error)

@@ -56,13 +56,16 @@ class NetworkSize:
 
     def estimate(self, now: float) -> float | None:
         """About how many peers there are; None as long as too few lookups have told."""
-        measures = self._measures.values()
-        fresh = [each.peers for each in measures if each.at + MEASURE_AGE > now]
+        fresh = self._fresh(now)
         return max(statistics.median(fresh), self.least) if len(fresh) >= LEAST_MEASURES else None
+
+    def wanted(self, now: float) -> int:
+        """How many lookups, that find k peers, there must be more before there is an estimate."""
+        return max(0, LEAST_MEASURES - len(self._fresh(now)))
 
     def about(self, now: float) -> float:
         """As `estimate`, from as few lookups as there were; 0 when none has found k."""
-        fresh = [each.peers for each in self._measures.values() if each.at + MEASURE_AGE > now]
+        fresh = self._fresh(now)
         return statistics.median(fresh) if fresh else 0.0
 
     def is_crowded(self, target: bytes, closest: Sequence[PeerId], now: float) -> bool:
@@ -79,3 +82,6 @@ class NetworkSize:
         peers = self.estimate(now) or 1.0
         within = sum(distance(peer.raw, key) * peers < EXPECTED * _SPACE for peer in nearest)
         return nearest[: min(max(within, MOST_HOLDERS), MOST_IN_REGION)]
+
+    def _fresh(self, now: float) -> list[float]:
+        return [each.peers for each in self._measures.values() if each.at + MEASURE_AGE > now]

@@ -40,11 +40,13 @@ class Replicas:
         self._records.pop(record.body.key, None)
 
     def lost(self, peer: PeerId) -> list[Signed[Any]]:
-        """A peer is gone: what has too few holders left because of that."""
+        """A peer is gone: what has too few holders left because of that, and is to be put again."""
         few: list[Signed[Any]] = []
         for record, left in self._records.values():
             if peer in left:
                 left.remove(peer)
                 if len(left) < LEAST_LEFT:
                     few.append(record)
+        for record in few:  # said once: it is on its way to others
+            self.forget(record)
         return few

@@ -173,7 +173,7 @@ class Searches:
         params = self._width(careful=careful)
         search.known = tuple(seeds)
         if seeds:
-            params = replace(params, paths=1)
+            params = replace(params, paths=1, alpha=self.k)
         else:
             seeds = table.closest(target, self.k, self.usable)
         lookup = await self._look_up(search, seeds, params)

@@ -118,6 +118,21 @@ async def test_so_many_places_that_their_contacts_do_not_fit_are_asked_for_again
         assert {len(closer) for closer in answers} == {8}
 
 
+async def test_who_may_be_dead_is_named_only_where_too_few_others_are(autojump_clock) -> None:
+    async with town() as here:
+        one, two, *others = await swarm(here, 12)
+        await trio.sleep(1)
+        now, target = trio.current_time(), others[0].id.raw
+        for peer in others[:2]:
+            one.dht._contacts.connection(peer.id, now, broke=True)
+        sure = {peer.id for peer in others[2:]}
+        assert set((await two.dht._asks.find(one.id, target)).closer) == sure
+        one.dht._contacts.connection(others[2].id, now, broke=True)
+        named = (await two.dht._asks.find(one.id, target)).closer
+        assert len(named) == len(sure)
+        assert others[0].id in named
+
+
 async def test_a_holder_that_always_has_more_is_not_asked_for_ever(autojump_clock) -> None:
     async with town() as here:
         one, two = await swarm(here, 2)

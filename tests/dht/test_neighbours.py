@@ -3,7 +3,7 @@
 import pytest
 import trio
 
-from p2pmoe.dht.neighbours import LOOK_WITHIN
+from p2pmoe.dht.neighbours import LOOK_AFTER, LOOK_WITHIN
 from p2pmoe.dht.routing import PingOldest, RoutingParams, RoutingTable
 from p2pmoe.errors import (
     LocalProtocolError,
@@ -47,6 +47,15 @@ async def test_a_peer_may_join_through_any_other_and_then_knows_all(autojump_clo
         for peer in peers:
             assert last.id in peer.dht._contacts.table
             assert peer.dht.contact(last.id) == last.dht.contact(last.id)
+
+
+async def test_soon_after_it_joined_a_peer_knows_how_many_there_are(autojump_clock) -> None:
+    async with town() as here:
+        one, *others = await swarm(here, 12)
+        assert others[-1].dht._searches.size.estimate(trio.current_time()) is None
+        await trio.sleep(LOOK_AFTER + 1)
+        for peer in (one, *others):
+            assert 6 < (peer.dht._searches.size.estimate(trio.current_time()) or 0) < 24
 
 
 async def test_joining_where_nobody_listens_says_so_of_every_address(autojump_clock) -> None:
